@@ -137,7 +137,7 @@ def _amounts(
 PERSONS = '''Aisha Alejandro Amara Anders Anna Arjun Beatriz Bilal Carlos Chen Chloe Daniel Diego Dmitri Elena Emeka Fatima Felix Freya
     Grace Hana Hassan Hugo Ines Ingrid Ivan Jamal Joana Jonas Kenji Kofi Laila Lars Leila Liam Lucia Magda Marco Maria Mateo Mei Nadia
     Niko Noor Olga Omar Priya Rafael Ravi Rosa Samir Sara Sofia Tariq Thandi Tomas Wanjiru Yara Yuki Zoe'''.split()
-PLACES = ('attic', 'balcony', 'basement', 'big tent', 'blue room', 'canteen', 'corridor', 'courtyard', 'east wing', 'entrance', 'foyer',
+PLACES = ('attic', 'balcony', 'basement', 'big tent', 'blue room', 'canteen', 'corridor', 'courtyard', 'east wing', 'entrance hall', 'foyer',
     'front hall', 'gallery', 'ground floor', 'guest house', 'kiosk', 'lobby', 'main office', 'mezzanine', 'new annex', 'north wing',
     'old barn', 'pavilion', 'porch', 'red cabin', 'roof deck', 'side building', 'south wing', 'staff lounge', 'storeroom', 'top floor',
     'town hall', 'upper deck', 'village square', 'west wing', 'white shed')
@@ -151,7 +151,7 @@ WORDINGS = dict(
     count=_amounts('', half_a_dozen=6, a_dozen=12, two_dozen=24, thirty=30, three_dozen=36, forty=40),
     copies=_amounts('copies', one_copy=1, a_single_copy=1, half_a_dozen_copies=6, a_dozen_copies=12, two_dozen_copies=24, fifty_copies=50),
     colour={True: ('in colour', 'in full colour'), False: ('in black and white', 'without colour')},
-    dimension=dict(height=('height',), width=('width', 'breadth'), length=('length',), temperature=('temperature',)),
+    dimension=dict(height=('height',), width=('width',), length=('length',), temperature=('temperature',)),
     system=dict(metric=('metric',), imperial=('imperial',)),
     access=dict(read=('read-only', 'viewing'), comment=('commenting',), edit=('editing', 'write')),
     priority=dict(low=('when there is time', 'at some point', 'once things are quiet'), normal=('with normal priority', 'with the usual priority'),
@@ -315,9 +315,9 @@ PLACE_ACTIONS = dict(
         I need the {dimension} of the {object} in {system} units.
         Check {dimension.how} the {object} is.
         Find out the {dimension} of the {object}.
-        What {dimension} does the {object} have?
+        What is the {dimension} of the {object}?
         Give me a reading of the {dimension} of the {object}, {system} please.
-        Somebody should take the {dimension} of the {object}.
+        We know everything about the {object} but its {dimension}.
         Do we know {dimension.how} the {object} is, in {system} terms?
         Get me a figure for the {dimension} of the {object}.
         Note down {dimension.how} the {object} is, using {system} units.'''),
