@@ -56,6 +56,7 @@ class Streaming(Profile):
     warmup: float             # part of training over which the learning rate rises
     cooldown: float           # part of training over which a streaming run's learning rate falls
     n_evaluations: int        # points on a learning curve after the one at 0
+    n_late_evaluations: int   # points on the finer curve of the tools seen last
     eval_batch_size: int      # queries a forward pass when evaluating
     lr_grid: tuple[float, ...]
     lr_batch_full: float

@@ -50,7 +50,7 @@ def parse_page(
 
 # %% ../nbs/03_data.ipynb #d39f0a50
 TLDR_COMMIT = '08e345f42639f67d99282813247ac670dc6e87cb'
-TLDR_DIGEST = '?'
+TLDR_DIGEST = '6c84e8dd3cbf033d8c4926dc5643d755abda3ea366a275e54333511d40ac8cc7'
 PLATFORMS = ('common', 'linux')
 
 # %% ../nbs/03_data.ipynb #0c35e290
