@@ -45,7 +45,7 @@ def generate(
     lm:LM,
     samples:list,       # of `Sample`
     max_new_tokens=96,
-    batch_size=256,
+    batch_size=512,     # prompts at a time
 )->list: # of str, the answers in order, without their end-of-turn token
     "Greedy answers"
     lm.tokenizer.padding_side = 'left'

@@ -132,7 +132,7 @@ def run_streaming(
     _train(lm, s, spec, train, order, curves)
     final, room = grade(lm, test, s.eval_batch_size), max(e.n_answer for e in test) + 8
     curve, late_curve = [c.points for c in curves] + [[]]*(2 - len(curves))
-    return dict(curve=curve, late_curve=late_curve, written=score_answers(generate(lm, task.test, room, s.eval_batch_size), task.test),
+    return dict(curve=curve, late_curve=late_curve, written=score_answers(generate(lm, task.test, room), task.test),
                 items=dict(id=[x.id for x in task.test], name=bits(final.name), exact=bits(final.exact), late=bits(late),
                            names_tool=bits(map(names_tool, task.test))),
                 n_train=len(train), peak_bytes=torch.cuda.max_memory_allocated() if lm.device.type == 'cuda' else None)
