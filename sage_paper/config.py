@@ -43,6 +43,7 @@ class Profile:
 class Streaming(Profile):
     "Settings of `exp_streaming`"
     stream: Literal['sageworld', 'toolstream']
+    split: Literal['report', 'tuning']   # which tools: those of the reported runs, or those that settings are chosen on
     n_tools: int              # tools in the stream
     train_per_tool: int       # most training queries a tool has
     test_per_tool: int        # most held-out queries a tool has

@@ -20,7 +20,7 @@ STREAMING_METHODS = ('batch_full', 'batch_50pct', 'streaming_full', 'streaming_c
 STREAMING_VERSION = 1   # raise by hand when the meaning of a run changes
 
 # %% ../nbs/16_experiments.ipynb #3f5380f0
-_NOT_OF_A_RUN = {'profile', 'seeds', 'tuning_seeds', 'jobs', 'lr_grid', *(f'lr_{m}' for m in STREAMING_METHODS)}
+_NOT_OF_A_RUN = {'profile', 'split', 'seeds', 'tuning_seeds', 'jobs', 'lr_grid', *(f'lr_{m}' for m in STREAMING_METHODS)}
 
 def run_settings(
     s:Streaming,
@@ -55,12 +55,12 @@ def load_task(
 # %% ../nbs/16_experiments.ipynb #b6d0d088
 def streaming_spec(
     s:Streaming, method:str, seed:int, lr:float,
-    split='report', # 'tuning': other tools and queries, never reported
+    split=None, # the settings' own, if not given; 'tuning': other tools and queries, never reported
 )->dict:
     "The description of one run"
-    base = run_settings(s)
+    split = split or s.split
     data = task_digest(s.stream, s.n_tools, s.train_per_tool, s.test_per_tool, split)
-    return base | dict(method=method, seed=seed, lr=lr, split=split, data=data, weights=model_digest(s.model))
+    return run_settings(s) | dict(method=method, seed=seed, lr=lr, split=split, data=data, weights=model_digest(s.model))
 
 # %% ../nbs/16_experiments.ipynb #92062ea2
 LATE = 0.9   # late tools are first seen after this part of the stream

@@ -79,6 +79,7 @@ def run_or_load(
     from filelock import FileLock
     key = record_key(experiment, version, spec)
     path, failed = folder/f'{key}.json', folder/f'{key}.failed.json'
+    if path.exists(): return read_record(path)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/f'{key}.lock'):
         if path.exists(): return read_record(path)
@@ -112,8 +113,8 @@ def sweep(
     "All runs, loaded or made; raises `RecordError` naming those that failed"
     from joblib import Parallel, delayed
     from tqdm import tqdm
-    todo = Parallel(n_jobs=jobs, return_as='generator')(delayed(_attempt)(run, experiment, version, s, folder) for s in specs)
-    records = list(tqdm(todo, total=len(specs), desc=experiment, disable=None))
-    failed = [str(r) for r in records if isinstance(r, RecordError)]
+    todo = [s for s in specs if not (folder/f'{record_key(experiment, version, s)}.json').exists()]
+    runs = Parallel(n_jobs=min(jobs, len(todo) or 1), return_as='generator')(delayed(_attempt)(run, experiment, version, s, folder) for s in todo)
+    failed = [str(r) for r in tqdm(runs, total=len(todo), desc=experiment, disable=None) if isinstance(r, RecordError)]
     if failed: raise RecordError(f'{len(failed)} of {len(specs)} runs failed:\n' + '\n'.join(failed))
-    return records
+    return [run_or_load(run, experiment, version, s, folder) for s in specs]

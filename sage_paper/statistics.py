@@ -72,4 +72,5 @@ def anytime_average(
     x, y, # [n], a curve; x ascending
 )->float:
     "Area under the curve over its width"
+    x, y = np.asarray(x, float), np.asarray(y, float)
     return float(np.trapezoid(y, x)/(x[-1] - x[0]))
