@@ -8,11 +8,12 @@ __all__ = ['CHATML', 'SYSTEM', 'no_progress', 'weights_dir', 'default_device', '
            'check_head', 'load_lm', 'Shape', 'shape', 'forward_flops']
 
 # %% ../nbs/05_model.ipynb #0aed763c
-import os, tempfile
-from contextlib import contextmanager, nullcontext
+import io, os, tempfile, warnings
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from tqdm import TqdmWarning
 from .assets import MODELS, cache_dir, fetch, registry
 from .calls import Sample, ToolCall, format_calls, name_end
 
@@ -20,12 +21,14 @@ from .calls import Sample, ToolCall, format_calls, name_end
 @contextmanager
 def no_progress():
     "transformers without its progress bars, whose timings would make a notebook's output differ from run to run"
-    from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: logging.enable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', TqdmWarning)
+        from transformers.utils import logging
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try: yield
+        finally:
+            if shown: logging.enable_progress_bar()
 
 # %% ../nbs/05_model.ipynb #852f2813
 @no_progress()
@@ -33,7 +36,8 @@ def _convert(gguf, dest):
     "Dequantize `gguf` and save model and tokenizer as a folder, all or nothing"
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+    with redirect_stderr(io.StringIO()):   # one more bar, which has no switch
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
     with tempfile.TemporaryDirectory(dir=dest.parent) as tmp:
         model.save_pretrained(tmp)
         AutoTokenizer.from_pretrained(**where).save_pretrained(tmp)
@@ -231,8 +235,6 @@ def load_lm(
 )->LM:
     "The model with its weights in fp32; raises `AssetError` or `HeadError`"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-    logging.disable_progress_bar()
     name, _, revision = weights_dir(model).partition('@')
     net = AutoModelForCausalLM.from_pretrained(name, revision=revision or 'main', dtype=torch.float32, attn_implementation='sdpa')
     lm = LM(net.to(device or default_device()), AutoTokenizer.from_pretrained(name, revision=revision or 'main'), precision)
