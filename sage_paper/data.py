@@ -9,12 +9,13 @@ __all__ = ['TLDR_COMMIT', 'TLDR_DIGEST', 'PLATFORMS', 'PHASES', 'Page', 'plain_s
            'names_tool', 'arrivals', 'first_seen']
 
 # %% ../nbs/03_data.ipynb #d61e3c99
-import csv, hashlib, io, json, re, subprocess, tarfile, tempfile
+import csv, hashlib, io, json, os, re, subprocess, tarfile, tempfile
 from collections import defaultdict
 from dataclasses import astuple, dataclass
 from pathlib import Path
 import numpy as np
-from .assets import AssetError, fetch, registry
+from filelock import FileLock
+from .assets import AssetError, AssetMissing, cache_dir, fetch, registry
 from .calls import COMMAND_LINE, Sample, ToolCall
 
 # %% ../nbs/03_data.ipynb #aab3e690
@@ -104,26 +105,34 @@ def digest(
     return h.hexdigest()
 
 # %% ../nbs/03_data.ipynb #e8b688d1
+def _tldr_clone():
+    "A bare clone of the pages' repository in the cache; raises `AssetError`"
+    repo = cache_dir()/'tldr-pages.git'
+    repo.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{repo}.lock'), tempfile.TemporaryDirectory(dir=repo.parent) as tmp:
+        if repo.is_dir(): return repo
+        out = subprocess.run(['git', 'clone', '--quiet', '--bare', 'https://github.com/tldr-pages/tldr.git', f'{tmp}/clone'], capture_output=True, text=True)
+        if out.returncode:
+            raise AssetError(registry()['tldr-pages/pages.tar.gz'], f'not in a data folder, and cloning it failed ({out.stderr.strip()[-200:]})',
+                             'set SAGE_DATA_DIR to a folder that holds it, or try again with a network')
+        os.rename(f'{tmp}/clone', repo)
+    return repo
+
+# %% ../nbs/03_data.ipynb #b10ad476
 def tldr_pages()->list[Page]: # sorted by path
     "All pages of the platforms used, from wherever they can be had; raises `AssetError`"
     try: pages = _pages_from_archive()
-    except AssetError as local:
-        with tempfile.TemporaryDirectory() as tmp:
-            out = subprocess.run(['git', 'clone', '--quiet', '--bare', 'https://github.com/tldr-pages/tldr.git', tmp], capture_output=True, text=True)
-            if out.returncode:
-                raise AssetError(registry()['tldr-pages/pages.tar.gz'], f'not in a data folder, and cloning it failed ({out.stderr.strip()[-200:]})',
-                                 'set SAGE_DATA_DIR to a folder that holds it, or try again with a network') from local
-            pages = pages_from_git(tmp)
+    except AssetMissing: pages = pages_from_git(_tldr_clone())
     if digest(pages) != TLDR_DIGEST:
         raise AssetError(registry()['tldr-pages/pages.tar.gz'], 'the parsed pages differ from those the paper used', f'take the pages at commit {TLDR_COMMIT[:12]}')
     return pages
 
-# %% ../nbs/03_data.ipynb #03246ae6
+# %% ../nbs/03_data.ipynb #a5051fc4
 def words(text:str)->frozenset:
     "The words of a text, lower case, without punctuation"
     return frozenset(re.findall(r'[a-z0-9]+', text.lower()))
 
-# %% ../nbs/03_data.ipynb #a5051fc4
+# %% ../nbs/03_data.ipynb #b3488e08
 def near_duplicates(
     texts:list,    # of str
     threshold=0.8, # least Jaccard similarity of the sets of words
@@ -140,7 +149,7 @@ def near_duplicates(
         for w in rare: seen[w].append(j)
     return pairs
 
-# %% ../nbs/03_data.ipynb #5f50a5a6
+# %% ../nbs/03_data.ipynb #2509e0ee
 def usable_examples(
     page:Page,
 )->list: # of (index on the page, sentence, rest of the command line)
@@ -148,7 +157,7 @@ def usable_examples(
     return [(k, q, c[len(page.name):].strip()) for k, (q, c) in enumerate(page.examples)
             if (c + ' ').startswith(page.name + ' ') and words(q)]
 
-# %% ../nbs/03_data.ipynb #001f2011
+# %% ../nbs/03_data.ipynb #8cad35c5
 def page_samples(
     page:Page,
 )->list: # of `Sample`
@@ -157,7 +166,7 @@ def page_samples(
     return [Sample(f'toolstream/{stem}/{k}', q, (ToolCall(tool, {COMMAND_LINE: rest}),), source='toolstream', tool_ids=(tool,))
             for k, q, rest in usable_examples(page)]
 
-# %% ../nbs/03_data.ipynb #215b28f9
+# %% ../nbs/03_data.ipynb #48bf8c45
 def fair_samples(
     pages, # of `Page`
 )->dict: # tool → (date, samples)
@@ -173,10 +182,10 @@ def fair_samples(
         if i not in out: tools[s.tool_ids[0]].append(s)
     return {t: (by_name[t][0].added, ss) for t, ss in tools.items()}
 
-# %% ../nbs/03_data.ipynb #e2f64cdd
+# %% ../nbs/03_data.ipynb #da3d50aa
 PHASES = {1: ('', '2024-10-01'), 2: ('2025-01-01', '9999')}  # dates: from, before
 
-# %% ../nbs/03_data.ipynb #da3d50aa
+# %% ../nbs/03_data.ipynb #5003462d
 def _rank(text): return hashlib.sha256(text.encode()).hexdigest()
 
 def phase_tools(
@@ -193,7 +202,7 @@ def phase_tools(
     if len(chosen) < n_tools: raise ValueError(f'phase {phase} has {len(pool)} tools; {start + n_tools} were asked for')
     return sorted(chosen, key=lambda t: (tools[t][0], t))
 
-# %% ../nbs/03_data.ipynb #7835b210
+# %% ../nbs/03_data.ipynb #385704e2
 def split_samples(
     samples:list, train_per_tool:int, test_per_tool:int,
 )->tuple: # (train, test)
@@ -202,7 +211,7 @@ def split_samples(
     n_test = min(test_per_tool, max(1, len(ranked) - 4))
     return ranked[n_test:n_test + train_per_tool], ranked[:n_test]
 
-# %% ../nbs/03_data.ipynb #91962966
+# %% ../nbs/03_data.ipynb #19e02ffa
 @dataclass(frozen=True)
 class Task:
     "A stream's material: what is learnt, what is asked, and the order in which tools appear"
@@ -211,7 +220,7 @@ class Task:
     test: tuple[Sample, ...]
     digest: str               # of the source, for the records
 
-# %% ../nbs/03_data.ipynb #19e02ffa
+# %% ../nbs/03_data.ipynb #e3e82e6d
 def toolstream(
     n_tools=1000, train_per_tool=5, test_per_tool=2, # most queries a tool
     phase=1, split='report',
@@ -222,7 +231,7 @@ def toolstream(
     parts = [split_samples(fair[t][1], train_per_tool, test_per_tool) for t in tools]
     return Task(tuple(tools), *(tuple(s for p in parts for s in p[i]) for i in (0, 1)), TLDR_DIGEST)
 
-# %% ../nbs/03_data.ipynb #187fef11
+# %% ../nbs/03_data.ipynb #4b834e12
 def names_tool(
     s:Sample,
 )->bool:
@@ -230,7 +239,7 @@ def names_tool(
     name = s.calls[0].name.lower()
     return any(re.search(rf'(?<!\w){re.escape(n)}(?!\w)', s.query.lower()) for n in {name, name.split()[0]})
 
-# %% ../nbs/03_data.ipynb #8d111266
+# %% ../nbs/03_data.ipynb #c618af1b
 def arrivals(
     task:Task,
     spread:float, # in (0, 1], part of the stream
@@ -246,7 +255,7 @@ def arrivals(
         times[ids] = np.r_[start, rng.uniform(start, min(start + spread, 1), len(ids) - 1)]
     return np.argsort(times, kind='stable').tolist()
 
-# %% ../nbs/03_data.ipynb #e90bc76c
+# %% ../nbs/03_data.ipynb #aeac8f8c
 def first_seen(
     task:Task, order:list, # indices into `task.train`
 )->dict: # tool → position in the stream of its first query

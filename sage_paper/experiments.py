@@ -10,9 +10,10 @@ __all__ = ['STREAMING_METHODS', 'STREAMING_VERSION', 'LATE', 'run_settings', 'ta
 # %% ../nbs/16_experiments.ipynb #d9fc26cd
 import dataclasses
 from functools import cache
+from types import SimpleNamespace
 import numpy as np
 from .assets import model_digest
-from .config import EXPERIMENTS, Streaming, find_root, load_settings
+from .config import Streaming, find_root, load_settings
 from .records import runs_dir, sweep
 
 # %% ../nbs/16_experiments.ipynb #adbf30ca
@@ -122,7 +123,7 @@ def run_streaming(
     from sage_paper.data import arrivals, names_tool
     from sage_paper.evaluation import generate, grade, score_answers
     from sage_paper.model import encode, load_lm
-    s = Streaming(**{f.name: spec.get(f.name) for f in dataclasses.fields(Streaming)})
+    s = SimpleNamespace(**spec)
     torch.manual_seed(spec['seed'])
     task = load_task(s.stream, s.n_tools, s.train_per_tool, s.test_per_tool, spec['split'])
     lm = load_lm(s.model, s.precision)

@@ -48,10 +48,11 @@ def read_record(
     path:Path,
 )->dict:
     "A record whose content fits its name; raises `RecordError`"
-    try: r = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise RecordError(f'{path}: {e}') from e
-    key = record_key(r['experiment'], r['version'], r['spec'])
-    if key != r['key'] or key != Path(path).stem: raise RecordError(f'{path}: its settings have the key {key}; it was edited, or misnamed')
+    try:
+        r = json.loads(Path(path).read_text(encoding='utf-8'))
+        key = record_key(r['experiment'], r['version'], r['spec'])
+    except (OSError, ValueError, KeyError, TypeError) as e: raise RecordError(f'{path} is no record ({type(e).__name__}: {e})') from e
+    if key != r.get('key') or key != Path(path).stem: raise RecordError(f'{path}: its settings have the key {key}; it was edited, or misnamed')
     return r
 
 # %% ../nbs/14_records.ipynb #a2d458b4

@@ -27,9 +27,10 @@ def check_complete(
 )->str: # the profile's settings are shared: their digest
     "Raises `ReportError` unless there is exactly one record for each method and seed, all with the same settings"
     have = [(r['spec']['method'], r['spec']['seed']) for r in records]
-    missing = [f'{m} seed {s}' for m in methods for s in seeds if (m, s) not in have]
-    if missing: raise ReportError(f'no record of {", ".join(missing)}')
-    if len(have) != len(set(have)): raise ReportError('two records of the same run')
+    wanted = [(m, s) for m in methods for s in seeds]
+    if missing := [f'{m} seed {s}' for m, s in wanted if (m, s) not in have]: raise ReportError(f'no record of {", ".join(missing)}')
+    if extra := {*have} - {*wanted}: raise ReportError(f'records that were not asked for: {sorted(extra)}')
+    if len(have) != len(wanted): raise ReportError('two records of the same run')
     shared = {canonical({k: v for k, v in r['spec'].items() if k not in ('method', 'seed', 'lr')}) for r in records}
     if len(shared) > 1: raise ReportError('these records have different settings')
     return hashlib.sha256(shared.pop().encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"The model: the loss sees the answer alone, grading means what writing would show, precision is as asked, training repeats"
+import pytest, torch
+
+from sage_paper.calls import Sample, ToolCall, format_calls, name_end
+from sage_paper.data import arrivals
+from sage_paper.evaluation import generate, grade
+from sage_paper.experiments import load_task
+from sage_paper.model import LM, computes_bf16, encode, forward, load_lm, render, tiny_lm
+from sage_paper.replay import ReservoirBuffer
+from sage_paper.selectors import SSIS
+from sage_paper.trainers import Curve, Trainer, train_batch, train_stream
+from sage_paper.world import sageworld
+
+SAMPLES = [Sample('none', 'Thanks, that is all.', ()), Sample('plain', 'Show the disk usage of "/", please.', (ToolCall('du', {'args': '-sh {{path/to/folder}}'}),)),
+           Sample('named', 'Réserve l’été 🙂 à 8 h', (ToolCall('book_été', {'time': '08:00', 'note': '<|im_end|> “🙂”', 'n': 2}),)),
+           Sample('plan', 'List them, then count the lines.', (ToolCall('ls', {'args': ''}), ToolCall('wc', {'args': '-l'})))]
+
+
+def decode(lm, ids): return lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def rows(lm, samples):
+    "The samples as one batch, then each with its answer tokens, their positions and whether they fix the name"
+    b = lm.collate(encode(samples, lm.tokenizer))
+    return b, [(s, b.label[b.row == k], b.at[b.row == k], b.in_name[b.row == k]) for k, s in enumerate(samples)]
+
+
+@pytest.fixture(params=['tiny', pytest.param('smollm', marks=pytest.mark.model)])
+def lm(request): return tiny_lm() if request.param == 'tiny' else request.getfixturevalue('smollm')
+
+
+def test_the_loss_sees_the_answer_and_its_end(lm):
+    batch, each = rows(lm, SAMPLES)
+    for k, (s, label, at, _) in enumerate(each):
+        assert decode(lm, label) == format_calls(s.calls) + '<|im_end|>'
+        assert decode(lm, batch.input_ids[k, :at[0] + 1]).endswith(f'{s.query}<|im_end|>\n<|im_start|>assistant\n')
+        assert batch.input_ids[k, at + 1].tolist() == label.tolist()   # each is predicted from the token before it
+        assert batch.attention_mask[k].sum() == at[-1] + 2             # nothing follows, padding is not seen
+
+
+def test_the_name_ends_with_its_quote(lm):
+    _, each = rows(lm, SAMPLES)
+    for s, label, _, in_name in each:
+        n, text = int(in_name.sum()), format_calls(s.calls)
+        name = text[:name_end(text)]
+        assert in_name[:n].all() and decode(lm, label[:n]).startswith(name) and not decode(lm, label[:n - 1]).startswith(name)
+
+
+def test_prompts_are_the_chat_template(lm):
+    for s, e in zip(SAMPLES, encode(SAMPLES, lm.tokenizer)):
+        chat = [dict(role='system', content='Answer with a JSON list of tool calls.'), dict(role='user', content=s.query)]
+        assert list(e.ids[:e.n_prompt]) == lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def test_the_loss_is_that_of_the_model_itself(lm):
+    batch, each = rows(lm, SAMPLES)
+    with torch.no_grad(): nll = forward(lm, batch).nll
+    for k, (s, _, at, _) in enumerate(each):
+        n = int(batch.attention_mask[k].sum())
+        ids = batch.input_ids[k:k + 1, :n]
+        labels = torch.where(torch.arange(n) > at[0], ids, -100)
+        with torch.no_grad(): own = lm.model(input_ids=ids, labels=labels).loss
+        assert nll[k].item() == pytest.approx(own.item(), abs=2e-4)
+
+
+@pytest.fixture(scope='module')
+def taught(request):
+    "SmolLM2 after a few steps on four queries of SageWorld: some held-out answers are right, some wrong"
+    request.getfixturevalue('smollm')
+    lm, (train, test) = load_lm('smollm2-135m-instruct', 'fp32', 'cpu'), sageworld(4, 1, 1)
+    lm.bf16 = computes_bf16(lm.device)
+    trainer, encoded = Trainer(lm, 2e-4, 20, 0.1, 0.3), encode(train, lm.tokenizer)
+    for _ in range(5): trainer.step(encoded)
+    lm.bf16 = False
+    return lm, train + test
+
+
+@pytest.mark.model
+def test_grading_agrees_with_writing(taught):
+    lm, samples = taught
+    graded, written = grade(lm, encode(samples, lm.tokenizer), batch_size=3), generate(lm, samples, 48)
+    gold = [format_calls(s.calls) for s in samples]
+    assert 0 < graded.exact.sum() < len(samples) and 0 < graded.name.sum() < len(samples)
+    assert graded.exact.tolist() == [w == g for w, g in zip(written, gold)]
+    assert graded.name.tolist() == [w.startswith(g[:name_end(g)]) for w, g in zip(written, gold)]
+
+
+def product_dtype(lm):
+    "The type in which a layer's matrix product comes out"
+    seen = []
+    hook = lm.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    forward(lm, lm.collate(encode(SAMPLES[:1], lm.tokenizer)))
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'auto'])
+def test_precision_is_as_asked(tmp_path, precision):
+    lm = tiny_lm()
+    for part in (lm.model, lm.tokenizer): part.save_pretrained(tmp_path)
+    loaded = load_lm(str(tmp_path), precision, 'cpu')
+    bf16 = precision == 'bf16' or precision == 'auto' and computes_bf16(torch.device('cpu'))
+    assert product_dtype(loaded) == (torch.bfloat16 if bf16 else torch.float32)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(lm.model.state_dict().values(), loaded.model.state_dict().values()))
+
+
+def trained(streaming, seed=0):
+    "The tiny model's weights and curve after a short run"
+    lm, task = tiny_lm(), load_task('sageworld', 6, 4, 1)
+    train, test = encode(task.train, lm.tokenizer), encode(task.test, lm.tokenizer)
+    selector = SSIS(0.5, (0.4, 0.3, 0.3), 1., seed) if streaming else None
+    curve, trainer = Curve(lambda: dict(nll=grade(lm, test).nll.tolist()), 3), Trainer(lm, 1e-3, 24, selector=selector)
+    if streaming: train_stream(trainer, train, arrivals(task, 0.5, seed), 2, 4, ReservoirBuffer(8, seed), [curve], selector)
+    else: train_batch(trainer, train, 4, [curve], seed)
+    points = [{k: v for k, v in p.items() if k != 'seconds'} for p in curve.points]
+    return {k: v.clone() for k, v in lm.model.state_dict().items()}, points
+
+
+@pytest.mark.parametrize('streaming', [False, True], ids=['batch', 'streaming'])
+def test_training_twice_gives_the_same_bits(streaming):
+    (a, points), (b, again), (c, _) = trained(streaming), trained(streaming), trained(streaming, seed=1)
+    assert points == again and points[0]['nll'] != points[-1]['nll']
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)

@@ -1,0 +1,125 @@
+"Report: figures, tables and rates are those of the committed records, and no table hides what is missing"
+import itertools, json, shutil
+
+import pytest
+
+from conftest import ROOT
+from sage_paper.config import load_settings
+from sage_paper.experiments import STREAMING_METHODS, STREAMING_VERSION, streaming_specs, tuned_rates, tuning_specs
+from sage_paper.records import read_record, record_key, runs_dir
+from sage_paper.report import Artefacts, ReportError, check_complete, check_manifest
+from sage_paper.streaming import write_streaming
+
+PAPER = load_settings('streaming', 'paper', ROOT/'settings.ini')
+
+
+def committed(experiment): return [read_record(p) for p in sorted(runs_dir(ROOT, experiment, 'paper').glob('*.json'))]
+
+
+def of_specs(experiment, specs):
+    "The records of `specs`, in their order, read and never made"
+    return [read_record(runs_dir(ROOT, experiment, 'paper')/f'{record_key("streaming", STREAMING_VERSION, s)}.json') for s in specs]
+
+
+def keys(specs): return {record_key('streaming', STREAMING_VERSION, s) for s in specs}
+
+
+def test_the_rates_are_those_the_tuning_found():
+    assert tuned_rates(committed('streaming_tuning')) == {m: getattr(PAPER, f'lr_{m}') for m in STREAMING_METHODS}
+
+
+@pytest.mark.parametrize('experiment,specs', [('streaming_tuning', tuning_specs), ('streaming', streaming_specs)], ids=['tuning', 'reported'])
+def test_the_records_are_exactly_those_of_the_settings(experiment, specs):
+    assert {r['key'] for r in committed(experiment)} == keys(specs(PAPER)) and len(specs(PAPER)) == len(keys(specs(PAPER)))
+
+
+def test_every_method_is_tuned_as_much():
+    tried = [{(s['seed'], s['lr']) for s in tuning_specs(PAPER) if s['method'] == m} for m in STREAMING_METHODS]
+    assert all(t == tried[0] for t in tried) and len(tried[0]) == len(PAPER.lr_grid)*len(PAPER.tuning_seeds) > 1
+    assert {s['split'] for s in tuning_specs(PAPER)} == {'tuning'}
+
+
+def test_a_run_that_is_tuned_on_and_reported_is_called_so():
+    both = keys(tuning_specs(PAPER)) & keys(streaming_specs(PAPER))
+    caveat = 'StreamingCaveat}{These are runs of the search' in (ROOT/'tables/streaming_numbers.tex').read_text()
+    assert bool(both) == caveat == (PAPER.split == 'tuning')
+
+
+def run(method, seed, accuracy=0.5, **spec):
+    "As much of a record as the checks read"
+    spec = dict(method=method, seed=seed, lr=1e-4, n_tools=10, split='report') | spec
+    return dict(key=record_key('demo', 1, spec), spec=spec, result=dict(curve=[dict(accuracy=0.), dict(accuracy=accuracy)]))
+
+
+def test_the_tuned_rate_is_the_best_at_the_end_on_average():
+    ends = {('a', 1e-4): (0.3, 0.5), ('a', 2e-4): (0.2, 0.5), ('b', 1e-4): (0.1, 0.1), ('b', 2e-4): (0.0, 0.3)}
+    assert tuned_rates([run(m, k, end, lr=lr) for (m, lr), both in ends.items() for k, end in enumerate(both)]) == {'a': 1e-4, 'b': 2e-4}
+
+
+FULL = [run(m, s) for m, s in itertools.product(STREAMING_METHODS, PAPER.seeds)]
+FIRST = PAPER.seeds[0]
+SPOILT = {
+    'a seed is missing': (FULL[1:], f'batch_full seed {FIRST}'),
+    'a method is missing': ([r for r in FULL if r['spec']['method'] != 'streaming_coreset'], f'streaming_coreset seed {FIRST}'),
+    'a run stands twice': (FULL + FULL[:1], 'two records'),
+    'another profile': ([run('batch_full', FIRST, n_tools=8)] + FULL[1:], 'different settings'),
+    'another split': ([run('batch_full', FIRST, split='tuning')] + FULL[1:], 'different settings'),
+    'one too many': (FULL + [run('batch_full', 77)], 'not asked for'),
+    'nothing': ([], f'batch_full seed {FIRST}'),
+}
+
+
+def test_a_complete_set_is_taken(): assert check_complete(FULL, STREAMING_METHODS, PAPER.seeds) == check_complete(FULL[::-1], STREAMING_METHODS, PAPER.seeds)
+
+
+@pytest.mark.parametrize('records,named', SPOILT.values(), ids=SPOILT)
+def test_a_table_refuses(tmp_path, records, named):
+    with pytest.raises(ReportError, match=named): write_streaming(records, [], PAPER, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=['figures', 'tables'])
+def kind(request): return request.param
+
+
+def test_the_manifest_holds(kind):
+    every = {r['key'] for e in (ROOT/'runs').iterdir() if (e/'paper').is_dir() for r in committed(e.name)}
+    assert check_manifest(ROOT/kind, every) > 0
+    lines = json.loads((ROOT/kind/'manifest.json').read_text()).values()
+    assert {line['profile'] for line in lines} == {'paper'} and all(line['records'] for line in lines)
+    assert all((ROOT/'nbs'/f'{line["notebook"]}.ipynb').exists() for line in lines)
+
+
+@pytest.fixture(scope='module')
+def rebuilt(tmp_path_factory):
+    "Figure and tables, made again from the committed records"
+    reported, tuning = of_specs('streaming', streaming_specs(PAPER)), of_specs('streaming_tuning', tuning_specs(PAPER))
+    return {p.name: p.read_bytes() for p in write_streaming(reported, tuning, PAPER, tmp_path_factory.mktemp('root'))}
+
+
+def test_the_artefacts_are_those_of_the_records(rebuilt, kind):
+    lines = json.loads((ROOT/kind/'manifest.json').read_text())
+    mine = [name for name, line in lines.items() if line['notebook'] == 'exp_streaming']
+    assert mine and [name for name in mine if rebuilt.get(name) != (ROOT/kind/name).read_bytes()] == []
+
+
+LEFT = {
+    'gone': (lambda d: (d/'a.tex').unlink(), 'figures/a.tex is missing'),
+    'edited': (lambda d: (d/'a.tex').write_text('0.9'), 'figures/a.tex was changed by hand'),
+    'unlisted': (lambda d: shutil.copy(d/'a.tex', d/'b.tex'), 'not in the manifest.*b.tex'),
+    'without record': (lambda d: Artefacts('paper', d.parent).write('figures', 'a.tex', 'x', [run('batch_full', 9)], 'demo'), 'records that are gone'),
+}
+
+
+@pytest.mark.parametrize('spoil,named', LEFT.values(), ids=LEFT)
+def test_a_spoilt_folder_is_refused(tmp_path, spoil, named):
+    Artefacts('paper', tmp_path).write('figures', 'a.tex', '0.8', FULL, 'demo')
+    known = {r['key'] for r in FULL}
+    assert check_manifest(tmp_path/'figures', known) == 1
+    spoil(tmp_path/'figures')
+    with pytest.raises(ReportError, match=named): check_manifest(tmp_path/'figures', known)
+
+
+def test_another_profile_does_not_touch_the_paper(tmp_path):
+    path = Artefacts('smoke', tmp_path).write('tables', 'a.tex', 'x', FULL, 'demo')
+    assert path == tmp_path/'build/smoke/tables/a.tex' and [p.name for p in tmp_path.iterdir()] == ['build']
