@@ -1,5 +1,6 @@
 __version__ = "0.1.0"
 
 import os
-# Idle OpenMP threads sleep instead of spinning: read when torch is loaded, and a factor of ten where another process uses the same cores.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# How long GNU OpenMP's idle threads spin before they sleep; read when torch is loaded. The default is so long that
+# two processes on the same cores slow each other down tenfold; this is long enough to cost a process of its own nothing.
+os.environ.setdefault('GOMP_SPINCOUNT', '3000')

@@ -15,17 +15,17 @@ FIELDS = [f.name for f in dataclasses.fields(Streaming) if f.name != 'profile']
 SECTION = '[smoke.streaming]'
 
 MISTAKES = {  # what is wrong: (text of the smoke profile, what stands there instead, what the error names)
-    'unknown key': ('epochs = 3', 'epochs = 3\nepoch = 3', ["'epoch'", "'epochs'", SECTION, *FIELDS]),
+    'unknown key': ('epochs = 2', 'epochs = 2\nepoch = 3', ["'epoch'", "'epochs'", SECTION, *FIELDS]),
     'unknown shared key': ('[smoke]', '[smoke]\nlr = 1', ["'lr'", '[smoke]', 'model', 'precision', 'seeds']),
-    'misplaced key': ('[smoke]', '[smoke]\nepochs = 3', ["'epochs'", '[smoke]', 'seeds']),
-    'word for int': ('epochs = 3', 'epochs = two', ['epochs', "'two'", SECTION, 'a whole number']),
-    'float for int': ('epochs = 3', 'epochs = 2.5', ['epochs', "'2.5'", SECTION, 'a whole number']),
+    'misplaced key': ('[smoke]', '[smoke]\nepochs = 2', ["'epochs'", '[smoke]', 'seeds']),
+    'word for int': ('epochs = 2', 'epochs = two', ['epochs', "'two'", SECTION, 'a whole number']),
+    'float for int': ('epochs = 2', 'epochs = 2.5', ['epochs', "'2.5'", SECTION, 'a whole number']),
     'word for float': ('spread = 0.1', 'spread = some', ['spread', "'some'", SECTION, 'a number']),
     'not a choice': ('stream = sageworld', 'stream = world', ['stream', "'world'", SECTION, "'sageworld'", "'toolstream'"]),
     'not a shared choice': ('precision = auto', 'precision = fp8', ['precision', "'fp8'", '[smoke]', "'auto'", "'fp32'", "'bf16'"]),
     'bad list': ('seeds = 0', 'seeds = 0 one', ['seeds', "'0 one'", '[smoke]', 'one or more of type int']),
     'empty list': ('seeds = 0', 'seeds =', ['seeds', '[smoke]', 'one or more of type int']),
-    'missing key': ('epochs = 3\n', '', ['missing', SECTION, 'epochs']),
+    'missing key': ('epochs = 2\n', '', ['missing', SECTION, 'epochs']),
     'missing section': (SECTION, '[smoke.streeming]', [SECTION, 'smoke', 'paper']),
 }
 
