@@ -12,7 +12,7 @@ EXPERIMENTS := $(notdir $(basename $(wildcard nbs/exp_*.ipynb)))
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
 
-.PHONY: paper figures publish test smoke notebooks check lab setup clean
+.PHONY: paper figures publish test smoke notebooks check bench lab setup clean
 .DELETE_ON_ERROR:
 
 paper: figures
@@ -48,6 +48,10 @@ notebooks: $(READY)
 check: notebooks paper
 	git diff --exit-code --stat
 	@if [ -e paper/build/main.pdf ]; then cmp paper/build/main.pdf paper/main.pdf; fi
+
+# What the project promises to stay below, measured.
+bench: $(READY)
+	$(BIN)/python tests/benchmark.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
