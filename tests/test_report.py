@@ -1,5 +1,5 @@
 "Report: figures, tables and rates are those of the committed records, and no table hides what is missing"
-import itertools, json, shutil
+import itertools, json, re, shutil
 
 import pytest
 
@@ -123,3 +123,8 @@ def test_a_spoilt_folder_is_refused(tmp_path, spoil, named):
 def test_another_profile_does_not_touch_the_paper(tmp_path):
     path = Artefacts('smoke', tmp_path).write('tables', 'a.tex', 'x', FULL, 'demo')
     assert path == tmp_path/'build/smoke/tables/a.tex' and [p.name for p in tmp_path.iterdir()] == ['build']
+
+
+def test_the_readme_says_what_the_paper_says():
+    numbers = dict(re.findall(r'\\newcommand\{\\(\w+)\}\{(.*)\}', (ROOT/'tables/streaming_numbers.tex').read_text()))
+    assert f'{numbers["StreamingFullAccuracy"]}% against {numbers["BatchFullAccuracy"]}%' in (ROOT/'README.md').read_text()
