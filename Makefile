@@ -6,7 +6,8 @@ SHELL       := /bin/bash
 PYTHON      ?= python3
 PROFILE     ?= paper
 BIN         := .venv/bin
-READY       := .venv/.ready
+# named after what it was set up from, since tools rewrite files without changing them
+READY       := .venv/.ready-$(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 EXPERIMENTS := $(notdir $(basename $(wildcard nbs/exp_*.ipynb)))
 
 export SOURCE_DATE_EPOCH ?= 1764547200
@@ -57,11 +58,11 @@ lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
 setup: $(READY)
-$(READY): constraints.txt pyproject.toml
+$(READY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lab]'
-	@touch $@
+	@rm -f .venv/.ready-* && touch $@
 
 clean:
 	rm -rf build paper/build
