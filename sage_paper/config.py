@@ -76,10 +76,9 @@ class Streaming(Profile):
     lr_streaming_coreset: float
 
     def __post_init__(self):
-        parts = ('spread', 'coreset_fraction'), ('warmup', 'cooldown', 'sharpness'), [f.name for f in dataclasses.fields(self) if f.type is int]
-        in_range(self, parts[0], lambda x: 0 < x <= 1, 'above 0 and at most 1')
-        in_range(self, parts[1], lambda x: x >= 0, '0 or more')
-        in_range(self, parts[2], lambda x: x >= 1, '1 or more')
+        in_range(self, ('spread', 'coreset_fraction'), lambda x: 0 < x <= 1, 'above 0 and at most 1')
+        in_range(self, ('warmup', 'cooldown', 'sharpness'), lambda x: x >= 0, '0 or more')
+        in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
 
 # %% ../nbs/00_config.ipynb #b5ee23dd
 EXPERIMENTS = {'streaming': Streaming}

@@ -152,11 +152,11 @@ def curve_chart(
 # %% ../nbs/17_report.ipynb #fb0e3197
 def cell(
     x,           # [n], one value a run
-    digits=3, scale=1.,
+    digits=3,
 )->str: # LaTeX
     "Mean ± half width; an em dash where no run has a value, and a note where only some do"
     x = np.asarray(x, float)
-    ok = x[~np.isnan(x)]*scale
+    ok = x[~np.isnan(x)]
     if not len(ok): return '---'
     mean, half = t_interval(ok)
     note = '' if len(ok) == len(x) else f'\\,$^{{{len(ok)}/{len(x)}}}$'

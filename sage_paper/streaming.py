@@ -87,8 +87,8 @@ def differences(records)->pd.DataFrame: # a row a pair
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p))
 
 # %% ../nbs/18_streaming.ipynb #98a4a4b8
-COLUMNS = dict(samples=('samples', 0, 1), accuracy=('right tool', 3, 1), unnamed=('unnamed', 3, 1), exact=('exact', 3, 1), argument_f1=('arg.\\ F1', 3, 1),
-               to95_samples=('samples', 2, 1), to95_seconds=('seconds', 2, 1), to95_flops=('FLOPs', 2, 1), adaptation=('adaptation', 0, 1))
+COLUMNS = dict(samples=('samples', 0), accuracy=('right tool', 3), unnamed=('unnamed', 3), exact=('exact', 3), argument_f1=('arg.\\ F1', 3),
+               to95_samples=('samples', 2), to95_seconds=('seconds', 2), to95_flops=('FLOPs', 2), adaptation=('adaptation', 0))
 BOLD = ('accuracy', 'unnamed', 'exact', 'argument_f1')
 
 def streaming_table(
@@ -99,13 +99,13 @@ def streaming_table(
     best = {c: clearly_best({m: g[c] for m, g in frame.groupby('method')}) for c in BOLD}
     for m in STREAMING_METHODS:
         g = frame[frame.method == m]
-        text = {c: f'{g[c].mean():,.0f}' if c == 'samples' else cell(g[c], d, k) for c, (_, d, k) in COLUMNS.items()}
+        text = {c: f'{g[c].mean():,.0f}' if c == 'samples' else cell(g[c], digits) for c, (_, digits) in COLUMNS.items()}
         rows[LOOKS[m].label] = {c: f'\\textbf{{{t}}}' if best.get(c) == m else t for c, t in text.items()}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/18_streaming.ipynb #8eed5a8b
 STREAMING_HEADS = [r'& & \multicolumn{4}{c}{held-out queries} & \multicolumn{3}{c}{to 95\% of \emph{batch, all}, as part of its} & \\',
-                   r'\cmidrule(lr){3-6}\cmidrule(lr){7-9}', '& ' + ' & '.join(h for h, _, _ in COLUMNS.values()) + r' \\']
+                   r'\cmidrule(lr){3-6}\cmidrule(lr){7-9}', '& ' + ' & '.join(h for h, _ in COLUMNS.values()) + r' \\']
 
 def streaming_latex(
     records, s:Streaming,
@@ -155,8 +155,10 @@ def streaming_numbers(
     "All numbers that the paper's sentences on this experiment use"
     frame, diff = summaries(records), differences(records)
     items = records[0]['result']['items']
-    out = dict(StreamingSeeds=str(len(s.seeds)), StreamingPlural='s'*(len(s.seeds) > 1), StreamingRuns=over_seeds(s), StreamingCaveat=CAVEAT*(s.split == 'tuning'), StreamingTools=f'{s.n_tools:,}', StreamingTrain=f'{records[0]["result"]["n_train"]:,}',
-               StreamingTest=f'{len(items["id"]):,}', StreamingLateTest=str(round(np.mean([unbits(r['result']['items']['late']).sum() for r in records]))), StreamingNamed=percent(unbits(items['names_tool']).mean(), 0), StreamingBuffer=f'{s.buffer_size:,}',
+    late = np.mean([unbits(r['result']['items']['late']).sum() for r in records])
+    out = dict(StreamingSeeds=str(len(s.seeds)), StreamingPlural='s'*(len(s.seeds) > 1), StreamingRuns=over_seeds(s), StreamingCaveat=CAVEAT*(s.split == 'tuning'),
+               StreamingTools=f'{s.n_tools:,}', StreamingTrain=f'{records[0]["result"]["n_train"]:,}', StreamingTest=f'{len(items["id"]):,}',
+               StreamingLateTest=str(round(late)), StreamingNamed=percent(unbits(items['names_tool']).mean(), 0), StreamingBuffer=f'{s.buffer_size:,}',
                StreamingEpochs=str(s.epochs), StreamingBatch=str(s.batch_size), StreamingJobs=str(s.jobs), StreamingGrid=', '.join(map(latex_number, s.lr_grid)))
     for m in STREAMING_METHODS: out |= _method_numbers(m, frame[frame.method == m]) | {macro_name(m, 'rate'): latex_number(getattr(s, f'lr_{m}'))}
     for r in diff.itertuples():
