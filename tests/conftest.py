@@ -1,12 +1,16 @@
 "What the tests share: the repository's root, and the data and the model where they can be had"
 from pathlib import Path
 
-import pytest
+import hypothesis, pytest
 
 from sage_paper.assets import AssetError
-from sage_paper.data import fair_samples, tldr_pages, toolstream as make_toolstream
+from sage_paper.toolstream import fair_samples, tldr_pages, toolstream as make_toolstream
 
 ROOT = Path(__file__).parents[1]
+
+# The same examples in every run; `pytest --hypothesis-profile default` looks for new ones.
+hypothesis.settings.register_profile('repeatable', derandomize=True)
+hypothesis.settings.load_profile('repeatable')
 
 
 def pytest_configure(config):
@@ -33,10 +37,10 @@ def fair(pages): return fair_samples(pages)
 
 @pytest.fixture(scope='session')
 def load_toolstream(pages, fair):
-    "`sage_paper.data.toolstream`, without reading and sifting the pages again"
+    "`sage_paper.toolstream.toolstream`, without reading and sifting the pages again"
     with pytest.MonkeyPatch.context() as m:
-        m.setattr('sage_paper.data.tldr_pages', lambda: pages)
-        m.setattr('sage_paper.data.fair_samples', lambda _: fair)
+        m.setattr('sage_paper.toolstream.tldr_pages', lambda: pages)
+        m.setattr('sage_paper.toolstream.fair_samples', lambda _: fair)
         tasks = {(phase, split): make_toolstream(n, phase=phase, split=split) for phase, split, n in ((1, 'report', 1000), (1, 'tuning', 1000), (2, 'report', 200))}
     return lambda phase=1, split='report': tasks[phase, split]
 

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from sage_paper.assets import Asset, AssetError, fetch, places, registry
-from sage_paper.data import tldr_pages
+from sage_paper.toolstream import tldr_pages
 
 BODY = bytes(range(256))*256
 MEMBER = 'sage_weights/weights.bin'

@@ -1,15 +1,17 @@
 "The model: the loss sees the answer alone, grading means what writing would show, precision is as asked, training repeats"
+import dataclasses
+
 import pytest, torch
 
-from sage_paper.calls import Sample, ToolCall, format_calls, name_end
-from sage_paper.data import arrivals
+from sage_paper.calls import Sample, Tool, ToolCall, format_calls, name_end, parse_calls, tool_document
+from sage_paper.samples import arrivals
 from sage_paper.evaluation import generate, grade
-from sage_paper.experiments import load_task
-from sage_paper.model import LM, computes_bf16, encode, forward, load_lm, render, tiny_lm
+from sage_paper.streaming_runs import load_task
+from sage_paper.model import LM, computes_bf16, embed, encode, forward, load_lm, render, tiny_lm
 from sage_paper.replay import ReservoirBuffer
 from sage_paper.selectors import SSIS
 from sage_paper.trainers import Curve, Trainer, train_batch, train_stream
-from sage_paper.world import sageworld
+from sage_paper.queries import sageworld
 
 SAMPLES = [Sample('none', 'Thanks, that is all.', ()), Sample('plain', 'Show the disk usage of "/", please.', (ToolCall('du', {'args': '-sh {{path/to/folder}}'}),)),
            Sample('named', 'Réserve l’été 🙂 à 8 h', (ToolCall('book_été', {'time': '08:00', 'note': '<|im_end|> “🙂”', 'n': 2}),)),
@@ -83,6 +85,35 @@ def test_grading_agrees_with_writing(taught):
     assert 0 < graded.exact.sum() < len(samples) and 0 < graded.name.sum() < len(samples)
     assert graded.exact.tolist() == [w == g for w, g in zip(written, gold)]
     assert graded.name.tolist() == [w.startswith(g[:name_end(g)]) for w, g in zip(written, gold)]
+
+
+@pytest.mark.model
+def test_stopping_at_the_end_of_the_list_cuts_nothing_off(taught, monkeypatch):
+    lm, samples = taught
+    short = generate(lm, samples, 48)
+    monkeypatch.setattr('sage_paper.evaluation.StopAtListEnd', lambda tokenizer, n_rows: lambda ids, scores, **_: torch.zeros(n_rows, dtype=torch.bool))
+    long = generate(lm, samples, 48)
+    assert all(b.startswith(a) for a, b in zip(short, long)) and parse_calls(short[0]).calls
+    assert [parse_calls(a).calls for a in short] == [parse_calls(b).calls for b in long]
+
+
+def test_candidates_are_documented_in_the_prompt(lm):
+    tools = {k: Tool(k, f'What {k} does.', dict(type='object', properties=dict(n=dict(type='integer')))) for k in ('first', 'second', 'third')}
+    s = Sample('s', 'Do the second thing.', (ToolCall('second', dict(n=2)),), candidates=('second', 'first'))
+    prompt, answer = render(s, lm.tokenizer, tools)
+    closed, same = render(dataclasses.replace(s, candidates=()), lm.tokenizer, tools)
+    assert [prompt.index(tool_document(tools[k])) for k in s.candidates] == sorted(prompt.index(tool_document(tools[k])) for k in s.candidates)
+    assert tool_document(tools['third']) not in prompt and 'What' not in closed and answer == same
+    e, = encode([s], lm.tokenizer, tools)
+    assert decode(lm, e.ids) == prompt + answer
+    with pytest.raises(ValueError, match="no tool is known for its candidates .'second'"): render(s, lm.tokenizer, {'first': tools['first']})
+
+
+def test_an_embedding_does_not_depend_on_its_batch(lm):
+    texts = ['Show the disk usage.', '', 'Réserve l’été 🙂 à 8 h', 'Show the disk usage.']
+    together = embed(lm, texts, batch_size=4)
+    for t, v in zip(texts, together): assert embed(lm, [t], 1)[0] == pytest.approx(v, abs=2e-3)
+    assert abs(together[0] - together[2]).max() > 0.01
 
 
 def product_dtype(lm):

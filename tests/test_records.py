@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from conftest import ROOT
 from sage_paper.config import Streaming, load_settings
-from sage_paper.experiments import streaming_spec
+from sage_paper.streaming_runs import streaming_spec
 from sage_paper.records import RecordError, read_record, record_key, run_or_load, sweep
 
 SPEC = dict(method='batch_full', seed=0, lr=1e-3, ssis=[0.4, 0.3], data=dict(name='x', n=3))
@@ -165,11 +165,14 @@ def test_a_committed_record_holds_no_text_and_no_place(path):
     r = read_record(path)
     assert set(r) == {'key', 'experiment', 'version', 'spec', 'result', 'seconds', 'environment'}
     assert set(r['environment']) == {'revision', 'python', 'device', 'packages'}
-    ids = r['result']['items']['id']
-    assert all(re.fullmatch(r'(toolstream|sageworld)(/\S+)+/\d+', i) for i in ids) and len(set(ids)) == len(ids)
-    masks = [v for k, v in r['result']['items'].items() if k != 'id']
-    assert masks and all(re.fullmatch('[01]+', m) and len(m) == len(ids) for m in masks)
-    for s in set(strings(r)) - {*ids, *masks}:
+    blocks = [r['result']['items']] if 'items' in r['result'] else [p['items'] for p in r['result']['parts'].values()]
+    for items in blocks:
+        ids, values = items['id'], [v for k, v in items.items() if k not in ('id', 'cluster')]
+        assert all(re.fullmatch(r'[\w-]+(/\S+)+', i) for i in ids) and len(set(ids)) == len(ids)
+        assert values and all(len(v) == len(ids) for v in values)
+        assert all(re.fullmatch('[01]+', v) if isinstance(v, str) else all(x is None or 0 <= x <= 1 for x in v) for v in values)
+    said = {s for items in blocks for k, v in items.items() for s in ([v] if isinstance(v, str) else v if k in ('id', 'cluster') else [])}
+    for s in set(strings(r)) - said:
         assert len(s) <= 200 and len(s.split()) <= 5 and not re.search(r'(^|[\s"\'=(:])[/\\~]|\.(local|internal|lan)\b|[A-Z]:\\', s), s
 
 

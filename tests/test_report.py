@@ -5,10 +5,10 @@ import pytest
 
 from conftest import ROOT
 from sage_paper.config import load_settings
-from sage_paper.experiments import STREAMING_METHODS, STREAMING_VERSION, streaming_specs, tuned_rates, tuning_specs
+from sage_paper.streaming_runs import STREAMING_METHODS, STREAMING_VERSION, streaming_specs, tuned_rates, tuning_specs
 from sage_paper.records import read_record, record_key, runs_dir
 from sage_paper.report import Artefacts, ReportError, check_complete, check_manifest
-from sage_paper.streaming import write_streaming
+from sage_paper.streaming_report import write_streaming
 
 PAPER = load_settings('streaming', 'paper', ROOT/'settings.ini')
 

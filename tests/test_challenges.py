@@ -1,0 +1,154 @@
+"The three challenges: what a run sees, what its record says, and what the table makes of it"
+import copy, dataclasses, json
+
+import numpy as np, pytest
+
+from conftest import ROOT
+from sage_paper.calls import format_calls
+from sage_paper.challenge_report import MEASURES, challenge_differences, challenge_latex, check_challenges, columns, item_parts, measures
+from sage_paper.challenge_runs import (CHALLENGES_VERSION, METHODS, answers, challenge_records, challenge_specs, challenge_tuning_specs, given_candidates, load_parts,
+                                       match_candidates, run_challenges, scored)
+from sage_paper.config import load_settings
+from sage_paper.model import no_progress, tiny_lm
+from sage_paper.records import canonical, read_record, record_key, runs_dir
+from sage_paper.report import ReportError
+from sage_paper.retrieval import BM25, TfIdf, gold_keys
+
+FILE = ROOT/'settings.ini'
+SMOKE, PAPER = load_settings('challenges', 'smoke', FILE), load_settings('challenges', 'paper', FILE)
+
+
+@pytest.fixture(scope='module')
+def settings(tmp_path_factory):
+    "The smoke profile with a random model in a folder, and a few more queries"
+    folder = tmp_path_factory.mktemp('tiny')
+    lm = tiny_lm()
+    with no_progress(): lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
+    return dataclasses.replace(SMOKE, model=str(folder), train_per_set=12, test_per_set=8, precision='fp32')
+
+
+@pytest.fixture(scope='module')
+def parts(settings): return load_parts(settings)
+
+
+@pytest.fixture(scope='module')
+def records(settings): return [dict(key=record_key('challenges', 1, s), spec=s, result=run_challenges(s)) for s in challenge_specs(settings)]
+
+
+def test_each_challenge_has_its_queries(parts, settings):
+    assert [p.challenge for p in parts] == ['timing', 'planning', 'selection']
+    for p in parts:
+        assert (len(p.train), len(p.test)) == (12, 8) and {s.challenge for s in p.train + p.test} == {p.challenge}
+        assert not {s.query for s in p.train} & {s.query for s in p.test}
+    assert 0 < sum(bool(s.calls) for s in parts[0].test) < 8 and all(len(s.calls) > 1 for s in parts[1].test)
+
+
+def test_tuning_never_sees_a_held_out_query(settings):
+    for report, tuning in zip(load_parts(settings), load_parts(settings, 'tuning')):
+        held = {s.query for s in report.test}
+        assert tuning.test and not held & {s.query for s in tuning.train + tuning.test} and not {s.query for s in tuning.train} & {s.query for s in tuning.test}
+
+
+def test_candidates_in_training_hold_what_is_needed_and_in_testing_what_is_found(parts):
+    for p in parts:
+        given = given_candidates(p, 5)
+        assert all(set(gold_keys(s, p.tools)) <= set(s.candidates) and len(s.candidates) == 5 for s in given.train)
+        found = BM25().fit([f'{t.name} {t.description}' for t in p.tools.values()])
+        assert found.n_documents == len(p.tools) and all(len(set(s.candidates)) == 5 for s in given.test)
+        assert [s.calls for s in given.test] == [s.calls for s in p.test]
+
+
+def test_the_keys_of_the_runs_need_no_data(monkeypatch):
+    def gone(name): raise AssertionError(f'{name} was loaded')
+    monkeypatch.setattr('sage_paper.challenge_runs.load_dataset', gone)
+    specs = challenge_specs(PAPER) + challenge_tuning_specs(PAPER)
+    assert len({canonical(s) for s in specs}) == len(specs) >= 2*len(PAPER.methods)
+
+
+def test_what_learns_nothing_runs_once_and_what_is_trained_with_every_seed():
+    s = dataclasses.replace(PAPER, methods=METHODS, seeds=(0, 1, 2))
+    specs = challenge_specs(s)
+    per = {(x['method'], x['regime']): sum((y['method'], y['regime']) == (x['method'], x['regime']) for y in specs) for x in specs}
+    assert per == {(m, r): 3 if m == 'sft' else 1 for m in METHODS for r in ('closed', 'candidates')}
+    assert {x['split'] for x in challenge_tuning_specs(s)} == {'tuning'} and len(challenge_tuning_specs(s)) == 2*len(s.lr_grid)*len(s.tuning_seeds)
+
+
+def test_one_more_method_leaves_the_other_runs_alone():
+    few, all_ = (dataclasses.replace(PAPER, methods=m) for m in (('bm25', 'tfidf'), METHODS))
+    assert {canonical(s) for s in challenge_specs(few)} < {canonical(s) for s in challenge_specs(all_)}
+
+
+def test_a_run_twice_gives_the_same_record(settings, records):
+    for r in records:
+        again, first = copy.deepcopy(run_challenges(r['spec'])), copy.deepcopy(r['result'])
+        for x in (again, first): (x['budget'] or {}).pop('seconds', None)
+        assert canonical(again) == canonical(first)
+
+
+def test_a_record_holds_a_value_a_query_and_no_text(settings, parts, records):
+    for r in records:
+        assert list(r['result']['parts']) == [f'{p.challenge}/sageworld' for p in parts]
+        for p, got in zip(parts, r['result']['parts'].values()):
+            assert {len(v) for v in got['items'].values()} == {len(p.test)} and got['items']['id'] == [s.id for s in p.test]
+        assert not any(s.query in canonical(r['result']) for p in parts for s in p.test)
+        assert (r['result']['budget'] is not None) == (r['spec']['method'] == 'sft')
+
+
+def test_gold_answers_are_worth_everything(parts):
+    for p in parts:
+        got = scored(p, [format_calls(s.calls) for s in p.test])
+        for m in MEASURES[p.challenge]:
+            num, den = item_parts(got['items'], m)
+            assert num.sum() == den.sum() > 0, m
+
+
+def test_measures_are_the_scores_of_the_set(records):
+    names = dict(correct='accuracy')
+    for r in measures(records[:3]).itertuples():
+        of = [x['result']['parts'][r.part]['scores'] for x in records[:3] if (x['spec']['method'], x['spec']['regime']) == (r.method, r.regime)]
+        if r.measure != 'success': assert r.value == pytest.approx(np.mean([x[names.get(r.measure, r.measure)] for x in of]), abs=1e-4)
+
+
+def test_matching_documents_calls_only_candidates(parts):
+    for p in (given_candidates(p, 6) for p in parts):
+        calls = match_candidates(p, TfIdf())
+        assert len(calls) == len(p.test) and all(c.name in s.candidates and not c.arguments for s, cs in zip(p.test, calls) for c in cs)
+        lengths = {len(c) for c in calls}
+        assert lengths == {round(np.median([len(s.calls) for s in p.train]))} if p.challenge != 'timing' else lengths <= {0, 1}
+
+
+def test_closed_book_retrieval_answers_a_known_query_as_it_was_answered(settings, parts):
+    known = [dataclasses.replace(p, test=p.train) for p in parts]
+    for p, outputs in zip(known, answers(settings, 'tfidf', 'closed', known)): assert outputs == [format_calls(s.calls) for s in p.train]
+
+
+def test_the_table_tells_the_regimes_apart_and_shows_every_run(settings, records):
+    text = challenge_latex(measures(records), settings)
+    closed, given = text.split(r'\emph{5 candidates in the prompt}')
+    assert r'\emph{closed book}' in closed
+    for block in (closed, given): assert all(block.count(f'\n{name} & ') == 1 for name in ('zero-shot', 'BM25', 'TF-IDF', 'dense', 'fine-tuned'))
+    rows = [l for l in text.splitlines() if l.startswith(('zero-shot', 'BM25', 'TF-IDF', 'dense', 'fine-tuned'))]
+    assert {l.count('&') for l in rows} == {len(columns(records))} and 'profile smoke' in text
+
+
+def test_a_table_is_not_made_of_other_runs_than_asked(settings, records):
+    check_challenges(records, settings)
+    with pytest.raises(ReportError, match='1 of 10 runs have no record'): check_challenges(records[1:], settings)
+    with pytest.raises(ReportError, match='two records'): check_challenges([*records, records[0]], settings)
+    other = records[0] | dict(spec=records[0]['spec'] | dict(n_tools=13))
+    with pytest.raises(ReportError, match='were not asked for'): check_challenges([*records, other], settings)
+
+
+def test_differences_are_those_of_the_items(records):
+    d = challenge_differences(records, 'tfidf')
+    assert len(d) == 2*4*3 and (d.low <= d.difference).all() and (d.difference <= d.high).all() and d.p.between(0, 1).all()
+    frame = measures(records).set_index(['regime', 'method', 'part', 'measure']).value
+    first = dict(timing='correct', planning='node_f1', selection='name')
+    for r in d.itertuples():
+        m = first[r.part.split('/')[0]]
+        assert r.difference == pytest.approx(frame[r.regime, r.method, r.part, m] - frame[r.regime, 'tfidf', r.part, m], abs=1e-4)
+
+
+def test_the_committed_records_are_those_of_the_settings():
+    files = {p.stem: read_record(p) for p in runs_dir(ROOT, 'challenges', 'paper').glob('*.json')}
+    assert set(files) == {record_key('challenges', CHALLENGES_VERSION, s) for s in challenge_specs(PAPER)}
