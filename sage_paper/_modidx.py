@@ -115,6 +115,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'sage_paper/challenge_report.py'),
                                              'sage_paper.challenge_report.part_names': ( 'challenge_report.html#part_names',
                                                                                          'sage_paper/challenge_report.py'),
+                                             'sage_paper.challenge_report.regime_rates': ( 'challenge_report.html#regime_rates',
+                                                                                           'sage_paper/challenge_report.py'),
                                              'sage_paper.challenge_report.write_challenges': ( 'challenge_report.html#write_challenges',
                                                                                                'sage_paper/challenge_report.py')},
             'sage_paper.challenge_runs': { 'sage_paper.challenge_runs.Part': ('challenge_runs.html#part', 'sage_paper/challenge_runs.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'NAMES', 'SETS', 'FIRST', 'CAVEAT', 'item_parts', 'part_names', 'columns', 'measures', 'measure_table',
-           'overview', 'challenge_table', 'challenge_latex', 'challenge_differences', 'check_challenges',
-           'challenge_numbers', 'write_challenges', 'challenge_chart']
+           'overview', 'challenge_table', 'challenge_latex', 'regime_rates', 'challenge_differences',
+           'check_challenges', 'challenge_numbers', 'write_challenges', 'challenge_chart']
 
 # %% ../nbs/35_challenge_report.ipynb #eaa46b68
 from itertools import groupby
@@ -142,6 +142,17 @@ def challenge_latex(
 # %% ../nbs/35_challenge_report.ipynb #ac42f04f
 FIRST = dict(timing='correct', planning='node_f1', selection='name')   # what a challenge is decided by
 
+def regime_rates(
+    records, # of tuning runs
+)->dict: # regime → learning rate
+    "Per regime the rate with the best mean over data sets and seeds"
+    by = {}
+    for r in records:
+        first = [np.nanmean(_values(p['items'][FIRST[k.split('/')[0]]])) for k, p in r['result']['parts'].items()]
+        by.setdefault((r['spec']['regime'], r['spec']['lr']), []).append(np.mean(first))
+    return {g: max((lr for k, lr in by if k == g), key=lambda lr: np.mean(by[g, lr])) for g in dict.fromkeys(k for k, _ in by)}
+
+# %% ../nbs/35_challenge_report.ipynb #389eaa25
 def challenge_differences(
     records, against='tfidf',
 )->pd.DataFrame: # a row for each regime, method and data set
@@ -158,7 +169,7 @@ def challenge_differences(
                 rows.append(dict(regime=regime, method=m, against=against, part=k, **paired_bootstrap(v, base, clusters)))
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p)) if rows else pd.DataFrame()
 
-# %% ../nbs/35_challenge_report.ipynb #f011396e
+# %% ../nbs/35_challenge_report.ipynb #adc99ba1
 def check_challenges(
     records, s:Challenges,
 ):
@@ -168,10 +179,10 @@ def check_challenges(
     if missing := set(wanted) - set(have): raise ReportError(f'{len(missing)} of {len(wanted)} runs have no record')
     if extra := set(have) - set(wanted): raise ReportError(f'{len(extra)} records were not asked for')
 
-# %% ../nbs/35_challenge_report.ipynb #39607b67
+# %% ../nbs/35_challenge_report.ipynb #5b2ac0f1
 CAVEAT = 'So far it holds what needs no training; the base model and its fine-tuned self are still to come. '
 
-# %% ../nbs/35_challenge_report.ipynb #adc99ba1
+# %% ../nbs/35_challenge_report.ipynb #6bb6a00f
 def challenge_numbers(
     frame:pd.DataFrame, # as from `measures`
     records, s:Challenges,
@@ -186,7 +197,7 @@ def challenge_numbers(
             out |= {f'Recall{name(k)}': percent(p['candidate_recall']) for k, p in r['result']['parts'].items() if 'candidate_recall' in p}
     return out
 
-# %% ../nbs/35_challenge_report.ipynb #8bf5c5c7
+# %% ../nbs/35_challenge_report.ipynb #7c9f52f7
 def write_challenges(
     records, # of the reported runs
     frame:pd.DataFrame, # as from `measures` of these
@@ -198,7 +209,7 @@ def write_challenges(
     return [out.write('tables', name, content, records, 'exp_challenges') for name, content in
             (('challenges.tex', challenge_latex(frame, s)), ('challenges_numbers.tex', macros(challenge_numbers(frame, records, s))))]
 
-# %% ../nbs/35_challenge_report.ipynb #6bb6a00f
+# %% ../nbs/35_challenge_report.ipynb #09bcca95
 def challenge_chart(
     frame:pd.DataFrame, # as from `measures`
 ): # `altair.Chart`

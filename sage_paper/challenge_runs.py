@@ -211,7 +211,7 @@ def run_challenges(
 )->dict: # the record's result
     "Train if the method does, then answer and score every part"
     s, method, regime, budget, lm = SimpleNamespace(**spec), spec['method'], spec['regime'], None, None
-    parts = load_parts(s, spec['split'])
+    parts = [p for p in load_parts(s, spec['split']) if p.test]
     if regime == 'candidates': parts = [given_candidates(p, s.n_candidates) for p in parts]
     if method in NEEDS_MODEL:
         import torch
