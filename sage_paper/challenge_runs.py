@@ -135,11 +135,12 @@ def challenge_spec(
     split='report', # 'tuning': held-out queries taken from the training queries
 )->dict:
     "The description of one run"
+    if split == 'tuning': s = dataclasses.replace(s, train_per_set=s.tuning_train_per_set)
     data = {f'{c}/{name}': part_digest(name, c, s.n_tools, s.train_per_set, s.test_per_set, split) for c in CHALLENGES for name in getattr(s, c)}
     own = dict(method=method, regime=regime, seed=seed, split=split, data=data)
     if method in NEEDS_MODEL: own |= dict(weights=model_digest(s.model))
     if method == 'sft': own |= dict(lr=lr or getattr(s, f'lr_{regime}'), epochs=getattr(s, f'epochs_{regime}'))
-    return run_settings(s, ('methods', 'lr_', 'epochs_')) | own
+    return run_settings(s, ('methods', 'lr_', 'epochs_', 'tuning_')) | own
 
 # %% ../nbs/34_challenge_runs.ipynb #bbbfcfdb
 @cache
@@ -163,7 +164,7 @@ def fine_tune(
     lm = load_lm(s.model, s.precision)
     encoded = [e for p in parts for e in encode(p.train, lm.tokenizer, p.tools)]
     trainer = Trainer(lm, spec['lr'], len(encoded)*s.epochs, s.warmup, 1 - s.warmup)
-    train_batch(trainer, encoded, s.batch_size, [], spec['seed'])
+    train_batch(trainer, encoded, s.batch_size, [], spec['seed'], window=8)
     trainer.budget.seconds = trainer.watch.seconds
     return lm, trainer.budget
 

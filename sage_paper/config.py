@@ -90,6 +90,7 @@ class Challenges(Profile):
     methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'dense', 'sft'], ...] # rows of the table
     n_tools: int                 # tools of SageWorld
     train_per_set: int           # most training queries a data set
+    tuning_train_per_set: int    # the same in the search for the learning rates
     test_per_set: int            # most held-out queries a data set
     n_candidates: int            # tools documented in the prompt, where there are any
     epochs_closed: int           # passes of fine-tuning over the training queries, closed book
