@@ -5,7 +5,7 @@ import numpy as np, pytest
 
 from conftest import ROOT
 from sage_paper.calls import format_calls
-from sage_paper.challenge_report import MEASURES, challenge_differences, challenge_latex, check_challenges, columns, item_parts, measures
+from sage_paper.challenge_report import MEASURES, challenge_differences, challenge_latex, check_challenges, columns, item_parts, measures, regime_rates
 from sage_paper.challenge_runs import (CHALLENGES_VERSION, METHODS, answers, challenge_records, challenge_specs, challenge_tuning_specs, given_candidates, load_parts,
                                        match_candidates, run_challenges, scored)
 from sage_paper.config import load_settings
@@ -152,3 +152,9 @@ def test_differences_are_those_of_the_items(records):
 def test_the_committed_records_are_those_of_the_settings():
     files = {p.stem: read_record(p) for p in runs_dir(ROOT, 'challenges', 'paper').glob('*.json')}
     assert set(files) == {record_key('challenges', CHALLENGES_VERSION, s) for s in challenge_specs(PAPER)}
+
+
+def test_a_regime_takes_the_rate_with_the_best_mean_over_sets_and_seeds():
+    def run(lr, correct, node_f1): return dict(spec=dict(regime='closed', lr=lr), result=dict(parts={'timing/a': dict(items=dict(correct=correct)), 'planning/b': dict(items=dict(node_f1=node_f1))}))
+    best_twice = [run(1e-4, '11', [.2, None]), run(1e-4, '01', [.2, .2]), run(2e-4, '01', [.6, None]), run(2e-4, '11', [.6, .8]), run(4e-4, '11', [0., .5])]
+    assert regime_rates(best_twice) == dict(closed=2e-4)
