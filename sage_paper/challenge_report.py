@@ -12,7 +12,7 @@ from itertools import groupby
 import numpy as np, pandas as pd
 from .challenge_runs import METHODS, REGIMES, challenge_specs
 from .config import Challenges, load_settings
-from .records import canonical, unbits
+from .records import best_rates, canonical, unbits
 from .samples import CHALLENGES
 from .report import Artefacts, ReportError, macro_name, macros, percent
 from .statistics import clustered_ratio, holm, paired_bootstrap
@@ -146,11 +146,8 @@ def regime_rates(
     records, # of tuning runs
 )->dict: # regime → learning rate
     "Per regime the rate with the best mean over data sets and seeds"
-    by = {}
-    for r in records:
-        first = [np.nanmean(_values(p['items'][FIRST[k.split('/')[0]]])) for k, p in r['result']['parts'].items()]
-        by.setdefault((r['spec']['regime'], r['spec']['lr']), []).append(np.mean(first))
-    return {g: max((lr for k, lr in by if k == g), key=lambda lr: np.mean(by[g, lr])) for g in dict.fromkeys(k for k, _ in by)}
+    def first(r): return np.mean([np.nanmean(_values(p['items'][FIRST[k.split('/')[0]]])) for k, p in r['result']['parts'].items()])
+    return best_rates((r['spec']['regime'], r['spec']['lr'], first(r)) for r in records)
 
 # %% ../nbs/35_challenge_report.ipynb #389eaa25
 def challenge_differences(

@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 from .assets import model_digest
 from .calls import Sample, Tool, ToolCall, format_calls, parse_calls, tool_document
-from .config import Challenges, find_root, load_settings
+from .config import Challenges, load_settings
 from .datasets import DATASETS, load_dataset
 from .queries import sageworld_set
-from .records import bits, run_settings, runs_dir, sweep
+from .records import bits, experiment_records, run_settings
 from .retrieval import BM25, Nearest, Retriever, TfIdf, candidate_recall, copy_nearest, with_candidates
 from .samples import CHALLENGES, DataSet, digest
 from .scores import challenge_scores, item_scores
@@ -247,5 +247,4 @@ def challenge_records(
     root=None,    # the project's, if not given
 )->list: # of records
     "Run or load all runs of the experiment"
-    folder = runs_dir(root or find_root(), 'challenges_tuning' if tuning else 'challenges', s.profile)
-    return sweep(run_challenges, 'challenges', CHALLENGES_VERSION, (challenge_tuning_specs if tuning else challenge_specs)(s), folder, s.jobs)
+    return experiment_records(run_challenges, 'challenges', CHALLENGES_VERSION, (challenge_tuning_specs if tuning else challenge_specs)(s), s, tuning, root)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'canonical', 'record_key', 'run_settings', 'bits', 'unbits', 'write_atomically', 'RecordError',
-           'read_record', 'environment', 'run_or_load', 'runs_dir', 'sweep']
+           'read_record', 'environment', 'run_or_load', 'runs_dir', 'sweep', 'experiment_records', 'best_rates']
 
 # %% ../nbs/30_records.ipynb #24287897
 import dataclasses, hashlib, importlib.metadata, json, os, platform, subprocess, tempfile, time
 from pathlib import Path
 import numpy as np
-from .config import Profile, load_settings
+from .config import Profile, find_root, load_settings
 
 # %% ../nbs/30_records.ipynb #10e01af0
 def canonical(
@@ -141,3 +141,23 @@ def sweep(
     failed = [str(r) for r in tqdm(runs, total=len(todo), desc=experiment, disable=None) if isinstance(r, RecordError)]
     if failed: raise RecordError(f'{len(failed)} of {len(specs)} runs failed:\n' + '\n'.join(failed))
     return [run_or_load(run, experiment, version, s, folder) for s in specs]
+
+# %% ../nbs/30_records.ipynb #57bb7f7c
+def experiment_records(
+    run, experiment:str, version:int,
+    specs:list, # of dict
+    s:Profile,  # the experiment's settings
+    tuning=False, # whether `specs` are those of the search for learning rates
+    root=None,    # the project's, if not given
+)->list: # of records, in the order of `specs`
+    "Run or load all runs of an experiment"
+    return sweep(run, experiment, version, specs, runs_dir(root or find_root(), experiment + '_tuning'*tuning, s.profile), s.jobs)
+
+# %% ../nbs/30_records.ipynb #9eb7d873
+def best_rates(
+    runs, # of (group, rate, value)
+)->dict: # group → rate
+    "Per group the rate with the best mean value"
+    by = {}
+    for group, rate, value in runs: by.setdefault((group, rate), []).append(value)
+    return {g: max((rate for k, rate in by if k == g), key=lambda rate: np.mean(by[g, rate])) for g in dict.fromkeys(k for k, _ in by)}

@@ -11,8 +11,8 @@ from functools import cache
 from types import SimpleNamespace
 import numpy as np
 from .assets import model_digest
-from .config import Streaming, find_root, load_settings
-from .records import bits, run_settings, runs_dir, sweep
+from .config import Streaming, load_settings
+from .records import best_rates, bits, experiment_records, run_settings
 
 # %% ../nbs/32_streaming_runs.ipynb #2097bd18
 STREAMING_METHODS = ('batch_full', 'batch_50pct', 'streaming_full', 'streaming_coreset')
@@ -138,15 +138,11 @@ def streaming_records(
     root=None,    # the project's, if not given
 )->list: # of records
     "Run or load all runs of the experiment"
-    folder = runs_dir(root or find_root(), 'streaming_tuning' if tuning else 'streaming', s.profile)
-    specs = tuning_specs(s) if tuning else streaming_specs(s)
-    return sweep(run_streaming, 'streaming', STREAMING_VERSION, specs, folder, s.jobs)
+    return experiment_records(run_streaming, 'streaming', STREAMING_VERSION, (tuning_specs if tuning else streaming_specs)(s), s, tuning, root)
 
 # %% ../nbs/32_streaming_runs.ipynb #968cf748
 def tuned_rates(
     records, # of tuning runs
 )->dict: # method → learning rate
     "Per method the rate with the best mean accuracy at the end"
-    by = {}
-    for r in records: by.setdefault((r['spec']['method'], r['spec']['lr']), []).append(r['result']['curve'][-1]['accuracy'])
-    return {m: max((lr for k, lr in by if k == m), key=lambda lr: np.mean(by[m, lr])) for m in dict.fromkeys(k for k, _ in by)}
+    return best_rates((r['spec']['method'], r['spec']['lr'], r['result']['curve'][-1]['accuracy']) for r in records)
