@@ -264,6 +264,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sage_paper.model.no_progress': ('model.html#no_progress', 'sage_paper/model.py'),
                                   'sage_paper.model.render': ('model.html#render', 'sage_paper/model.py'),
                                   'sage_paper.model.shape': ('model.html#shape', 'sage_paper/model.py'),
+                                  'sage_paper.model.sum_by_row': ('model.html#sum_by_row', 'sage_paper/model.py'),
                                   'sage_paper.model.tiny_lm': ('model.html#tiny_lm', 'sage_paper/model.py'),
                                   'sage_paper.model.weights_dir': ('model.html#weights_dir', 'sage_paper/model.py')},
             'sage_paper.queries': { 'sage_paper.queries.Plan': ('queries.html#plan', 'sage_paper/queries.py'),

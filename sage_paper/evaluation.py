@@ -9,7 +9,7 @@ __all__ = ['Graded', 'grade', 'ListEnd', 'StopAtListEnd', 'batches_of', 'generat
 from dataclasses import dataclass
 import numpy as np, torch
 from .calls import Sample, ToolCall, format_calls, parse_calls
-from .model import LM, Encoded, encode, forward, render, tiny_lm
+from .model import LM, Encoded, encode, forward, render, sum_by_row, tiny_lm
 from .scores import score_call
 
 # %% ../nbs/21_evaluation.ipynb #dd6a9d21
@@ -33,10 +33,8 @@ def grade(
     for i in range(0, len(order), batch_size):
         b = lm.collate([encoded[k] for k in order[i:i + batch_size]])
         f = forward(lm, b)
-        wrong = torch.zeros(2, len(f.nll), device=lm.device)
-        wrong[0].index_add_(0, b.row, (~f.greedy & b.in_name).float())
-        wrong[1].index_add_(0, b.row, (~f.greedy).float())
-        parts.append(torch.cat([wrong, f.nll[None]]).cpu())
+        wrong = torch.stack([~f.greedy & b.in_name, ~f.greedy], 1).float()
+        parts.append(torch.cat([sum_by_row(wrong, b.row, len(f.nll)).T, f.nll[None]]).cpu())
     name, exact, nll = torch.cat(parts, 1)[:, np.argsort(order)].numpy()
     return Graded(name == 0, exact == 0, nll)
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'SYSTEM', 'SYSTEM_TOOLS', 'no_progress', 'weights_dir', 'default_device', 'computes_bf16', 'byte_tokenizer',
-           'tiny_lm', 'instruction', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward', 'mean_by_row', 'LM',
-           'forward', 'HeadError', 'check_head', 'load_lm', 'embed', 'Shape', 'shape', 'forward_flops']
+           'tiny_lm', 'instruction', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward', 'sum_by_row',
+           'mean_by_row', 'LM', 'forward', 'HeadError', 'check_head', 'load_lm', 'embed', 'Shape', 'shape',
+           'forward_flops']
 
 # %% ../nbs/20_model.ipynb #053282f2
 import io, os, tempfile, warnings
@@ -151,10 +152,10 @@ def encode(
 # %% ../nbs/20_model.ipynb #3dbd75f6
 @dataclass
 class Batch:
-    "Samples padded on the right; B samples of at most T tokens, M answer tokens in all"
+    "Samples padded on the right; B samples of at most T tokens, M answer tokens in all, padding included"
     input_ids: torch.Tensor       # [B, T]
     attention_mask: torch.Tensor  # [B, T], 1 on tokens
-    row: torch.Tensor             # [M], which sample an answer token belongs to
+    row: torch.Tensor             # [M], which sample an answer token belongs to; B on padding
     at: torch.Tensor              # [M], position of the token before it: where it is predicted
     label: torch.Tensor           # [M], the answer token
     in_name: torch.Tensor         # [M], whether it fixes the tool's name
@@ -163,13 +164,16 @@ class Batch:
 # %% ../nbs/20_model.ipynb #7e4b0790
 def collate(
     encoded:list, # of `Encoded`
-    pad_id:int, device='cpu', multiple=8,
+    pad_id:int, device='cpu',
+    multiple=8,   # T is a multiple of this
+    multiple_m=1, # and M of this
 )->Batch:
     "The samples as one batch"
     width = -(-max(len(e.ids) for e in encoded)//multiple)*multiple
     ids, mask = torch.full((len(encoded), width), pad_id), torch.zeros(len(encoded), width, dtype=torch.long)
     flat = [(b, t, e.ids[t + 1], t + 1 - e.n_prompt < e.n_name)
             for b, e in enumerate(encoded) for t in range(e.n_prompt - 1, len(e.ids) - 1)]
+    flat += [(len(encoded), 0, 0, False)]*(-len(flat) % multiple_m)
     for b, e in enumerate(encoded): ids[b, :len(e.ids)], mask[b, :len(e.ids)] = torch.tensor(e.ids), 1
     row, at, label, in_name = (torch.tensor(c) for c in zip(*flat))
     moved = (x.to(device, non_blocking=True) for x in (ids, mask, row, at, label, in_name))
@@ -187,15 +191,18 @@ class Forward:
     logits: torch.Tensor      # [M, V]
 
 # %% ../nbs/20_model.ipynb #580053ef
+def sum_by_row(x, row, n):
+    "Sum of `x` over the entries of each row; as for `mean_by_row`"
+    return torch.zeros(n + 1, *x.shape[1:], dtype=x.dtype, device=x.device).index_add_(0, row, x)[:n]
+
 def mean_by_row(
     x:torch.Tensor,   # [M, ...]
-    row:torch.Tensor, # [M], in [0, n)
+    row:torch.Tensor, # [M], in [0, n]; what is in row n is left out
     n:int,
 )->torch.Tensor: # [n, ...]
     "Mean of `x` over the entries of each row"
-    total = torch.zeros(n, *x.shape[1:], dtype=x.dtype, device=x.device).index_add_(0, row, x)
-    count = torch.zeros(n, dtype=x.dtype, device=x.device).index_add_(0, row, torch.ones_like(row, dtype=x.dtype))
-    return total/count.view(-1, *[1]*(x.dim() - 1))
+    count = sum_by_row(torch.ones_like(row, dtype=x.dtype), row, n)
+    return sum_by_row(x, row, n)/count.view(-1, *[1]*(x.dim() - 1))
 
 # %% ../nbs/20_model.ipynb #482ca2d4
 class LM:
@@ -220,8 +227,8 @@ def forward(
 )->Forward:
     "One pass over `batch`"
     with lm.autocast():
-        states = lm.model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-        hidden = states[batch.row, batch.at]
+        states = lm.model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = states[batch.row.clamp(max=len(states) - 1), batch.at]
         logits = lm.model.get_output_embeddings()(hidden).float()
     token_nll = torch.nn.functional.cross_entropy(logits, batch.label, reduction='none')
     mask = batch.attention_mask.unsqueeze(-1)

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 import numpy as np, torch
 from fastcore.basics import patch
-from .model import LM, Batch, Forward, forward, mean_by_row
+from .model import LM, Batch, Forward, forward, mean_by_row, sum_by_row
 
 # %% ../nbs/22_selectors.ipynb #7b76319c
 @dataclass
@@ -39,8 +39,7 @@ def gain_gradients_from_backward(
 )->torch.Tensor: # [B, d]
     "Each sample's gradient by the log-gain of the last hidden state, from the training step's own backward pass"
     n = len(f.nll)
-    g = torch.zeros(n, f.hidden.shape[1], device=f.hidden.device)
-    return g.index_add_(0, batch.row, n*f.hidden.grad.float()*f.hidden.float())
+    return sum_by_row(n*f.hidden.grad.float()*f.hidden.float(), batch.row, n)
 
 # %% ../nbs/22_selectors.ipynb #dd1c1c08
 @torch.no_grad()
