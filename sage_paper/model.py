@@ -17,6 +17,7 @@ import numpy as np, torch
 from tqdm import TqdmWarning
 from .assets import MODELS, cache_dir, fetch, registry
 from .calls import Sample, Tool, ToolCall, format_calls, name_end, tool_document
+from .capture import Captured
 
 # %% ../nbs/20_model.ipynb #49827020
 @contextmanager
@@ -159,7 +160,10 @@ class Batch:
     at: torch.Tensor              # [M], position of the token before it: where it is predicted
     label: torch.Tensor           # [M], the answer token
     in_name: torch.Tensor         # [M], whether it fixes the tool's name
-    n_tokens: int                 # without padding
+    n_tokens: int = 0             # without padding
+
+    @property
+    def tensors(self): return self.input_ids, self.attention_mask, self.row, self.at, self.label, self.in_name
 
 # %% ../nbs/20_model.ipynb #7e4b0790
 def collate(
@@ -214,12 +218,23 @@ class LM:
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         self.bf16 = precision == 'bf16' or precision == 'auto' and computes_bf16(self.device)
+        self.played, self.pool = {}, torch.cuda.graph_pool_handle() if self.device.type == 'cuda' else None
 
     def autocast(self):
         "The context matrix products run in"
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def collate(self, encoded): return collate(encoded, self.tokenizer.pad_token_id, self.device)
+    def collate(self, encoded):
+        "The samples as one batch on the model's device, on a GPU in one of few shapes"
+        return collate(encoded, self.tokenizer.pad_token_id, self.device, *((32, 512) if self.device.type == 'cuda' else ()))
+
+    def play(self,
+        fn, # (lm, batch) → tuple of tensors
+        batch:Batch,
+    )->tuple:
+        "`fn` of the batch, captured, see `Captured`"
+        if fn not in self.played: self.played[fn] = Captured(lambda *tensors: fn(self, Batch(*tensors)), self.device, self.pool)
+        return self.played[fn](*batch.tensors)
 
 # %% ../nbs/20_model.ipynb #ba839e11
 def forward(

@@ -91,7 +91,7 @@ def test_grading_agrees_with_writing(taught):
 def test_stopping_at_the_end_of_the_list_cuts_nothing_off(taught, monkeypatch):
     lm, samples = taught
     short = generate(lm, samples, 48)
-    monkeypatch.setattr('sage_paper.evaluation.StopAtListEnd', lambda tokenizer, n_rows: lambda ids, scores, **_: torch.zeros(n_rows, dtype=torch.bool))
+    monkeypatch.setattr('sage_paper.evaluation.ListEnd.read', lambda self, text: False)
     long = generate(lm, samples, 48)
     assert all(b.startswith(a) for a, b in zip(short, long)) and parse_calls(short[0]).calls
     assert [parse_calls(a).calls for a in short] == [parse_calls(b).calls for b in long]
