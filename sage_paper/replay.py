@@ -103,7 +103,7 @@ class Tree:
     @property
     def top(self)->float: return self.op.reduce(self.levels[-1][0])
 
-# %% ../nbs/23_replay.ipynb #67d336ae
+# %% ../nbs/23_replay.ipynb #636f409e
 @patch
 def update(self:Tree,
     indices, # [n], int, in [0, capacity); of one that comes twice, the last value stays
@@ -111,12 +111,11 @@ def update(self:Tree,
 ):
     "Set leaves, and compute their ancestors anew"
     indices = np.asarray(indices)
-    if indices.size and not 0 <= indices.min() <= indices.max() < self.capacity:
-        raise IndexError(f'leaves {indices.min()} to {indices.max()}: this tree has leaves 0 to {self.capacity - 1}')
+    if indices.size and indices.min() < 0: raise IndexError(f'leaf {indices.min()}: leaves are counted from 0 to {self.capacity - 1}')
     self.leaves[indices] = values
     for below, above in pairwise(self.levels):
         indices = indices//self.branching
-        above.reshape(-1)[indices] = self.op.reduce(below[indices], -1)
+        above.reshape(-1)[indices] = self.op.reduce(below.take(indices, 0), -1)
 
 @patch
 def fill(self:Tree, values): # [n], n <= capacity
@@ -124,7 +123,7 @@ def fill(self:Tree, values): # [n], n <= capacity
     self.leaves[:len(values)] = values
     for below, above in pairwise(self.levels): above.reshape(-1)[:len(below)] = self.op.reduce(below, -1)
 
-# %% ../nbs/23_replay.ipynb #28a3d2e7
+# %% ../nbs/23_replay.ipynb #931b34c5
 class SumTree(Tree):
     "Sums of values >= 0 that change"
     def __init__(self, capacity:int): super().__init__(capacity, np.add, 0.)
@@ -139,7 +138,7 @@ class SumTree(Tree):
         if not 0 < self.total < np.inf: raise ValueError(f'total = {self.total}: nothing can be found where it is not a number above 0')
         node, before = np.zeros(len(targets), int), np.zeros((len(targets), self.branching + 1))
         for level in reversed(self.levels):
-            np.cumsum(level[node], 1, out=before[:, 1:])
+            np.cumsum(level.take(node, 0), 1, out=before[:, 1:])
             targets = np.minimum(targets, np.nextafter(before[:, -1], 0))
             child = (before[:, 1:] > targets[:, None]).argmax(1)
             targets = targets - before[np.arange(len(targets)), child]
@@ -213,7 +212,7 @@ def add(self:ImportanceBuffer, item,
     self.gumbel[slot] = g
     self.assign(slot, p)
 
-# %% ../nbs/23_replay.ipynb #d3d4f209
+# %% ../nbs/23_replay.ipynb #3836664c
 @patch
 def update(self:ImportanceBuffer,
     slots,      # [n], int, of the last `draw`
@@ -221,7 +220,7 @@ def update(self:ImportanceBuffer,
 ):
     "Replace the importance of drawn items"
     slots = np.asarray(slots, int)
-    if slots.size and not 0 <= slots.min() <= slots.max() < len(self): raise IndexError(f'slots {slots.min()} to {slots.max()}: {len(self)} items are held')
+    if slots.size and not slots.max() < len(self): raise IndexError(f'slot {slots.max()}: {len(self)} items are held')
     self.assign(slots, self.priority(importance))
 
 # %% ../nbs/23_replay.ipynb #447040a0

@@ -74,7 +74,9 @@ def test_the_last_of_equal_indices_stays():
 
 def test_errors_of_the_tree():
     for i in (-1, 50, [3, 50], [-1, 3]):
-        with pytest.raises(IndexError, match='leaves 0 to 49'): SumTree(50).update(i, 1.)
+        tree = SumTree(50)
+        with pytest.raises(IndexError, match='from 0 to 49|out of bounds'): tree.update(i, 1.)
+        assert not tree.flat.any()
     for value in (0., np.nan, np.inf):
         tree = SumTree(50)
         tree.update(3, value)
@@ -309,13 +311,21 @@ def test_a_saved_state_stands_still(kind):
 
 # ---- errors
 
-@pytest.mark.parametrize('bad', [0, -1., np.nan, np.inf, -np.inf, 1e-300, 1e300])
-def test_a_bad_importance_is_named_and_changes_nothing(bad):
-    b = filled([1., 2., 3.])
+@pytest.mark.parametrize('bad', [0, -1., np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('a', [0, .6, 2])
+def test_a_bad_importance_is_named_and_changes_nothing(bad, a):
+    "Also where the power would be a good number"
+    b = filled([1., 2., 3.], a=a)
     before = repr(b.state_dict())
     for offend in (lambda: b.add('x', bad), lambda: b.update([0, 1], [1., bad])):
         with pytest.raises(ValueError, match=f'importance = {float(bad)}:'.replace('+', r'\+')): offend()
         assert repr(b.state_dict()) == before
+
+
+@pytest.mark.parametrize('bad', [1e-300, 1e300])
+def test_a_priority_out_of_range(bad):
+    "Sums of them would overflow, or lose them"
+    with pytest.raises(ValueError, match=f'importance = {bad}:'.replace('+', r'\+')): filled([1., bad])
 
 
 def test_other_errors():
@@ -328,5 +338,7 @@ def test_other_errors():
     b.extend('abc')
     for progress in (-.1, 1.1, np.nan):
         with pytest.raises(ValueError, match='progress'): b.draw(2, progress)
-    for slots in ([3], [-1], [0, 5]):
-        with pytest.raises(IndexError, match='3 items are held'): b.update(slots, np.ones(len(slots)))
+    for slots in ([3], [-1], [0, 5], [0, -2]):
+        before = repr(b.state_dict())
+        with pytest.raises(IndexError, match='3 items are held|counted from 0'): b.update(slots, np.full(len(slots), 9.))
+        assert repr(b.state_dict()) == before
