@@ -123,7 +123,7 @@ def fill(self:Tree, values): # [n], n <= capacity
     self.leaves[:len(values)] = values
     for below, above in pairwise(self.levels): above.reshape(-1)[:len(below)] = self.op.reduce(below, -1)
 
-# %% ../nbs/23_replay.ipynb #931b34c5
+# %% ../nbs/23_replay.ipynb #8e39dae6
 class SumTree(Tree):
     "Sums of values >= 0 that change"
     def __init__(self, capacity:int): super().__init__(capacity, np.add, 0.)
@@ -136,12 +136,12 @@ class SumTree(Tree):
     )->np.ndarray: # [n], int
         "The leaves in which targets fall if all values are laid end to end"
         if not 0 < self.total < np.inf: raise ValueError(f'total = {self.total}: nothing can be found where it is not a number above 0')
-        node, before = np.zeros(len(targets), int), np.zeros((len(targets), self.branching + 1))
+        row, node, before = np.arange(len(targets)), np.zeros(len(targets), int), np.zeros((len(targets), self.branching + 1))
         for level in reversed(self.levels):
-            np.cumsum(level.take(node, 0), 1, out=before[:, 1:])
+            np.add.accumulate(level.take(node, 0), 1, out=before[:, 1:])
             targets = np.minimum(targets, np.nextafter(before[:, -1], 0))
             child = (before[:, 1:] > targets[:, None]).argmax(1)
-            targets = targets - before[np.arange(len(targets)), child]
+            targets = targets - before[row, child]
             node = node*self.branching + child
         return node
 
