@@ -527,6 +527,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sage_paper.selectors.Selector.__init__': ( 'selectors.html#selector.__init__',
                                                                                   'sage_paper/selectors.py'),
                                       'sage_paper.selectors.Selector.check': ('selectors.html#selector.check', 'sage_paper/selectors.py'),
+                                      'sage_paper.selectors.Selector.combine': ( 'selectors.html#selector.combine',
+                                                                                 'sage_paper/selectors.py'),
                                       'sage_paper.selectors.Selector.importance': ( 'selectors.html#selector.importance',
                                                                                     'sage_paper/selectors.py'),
                                       'sage_paper.selectors.Selector.keep': ('selectors.html#selector.keep', 'sage_paper/selectors.py'),

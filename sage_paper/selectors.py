@@ -135,7 +135,7 @@ def standard(x, among)->np.ndarray: # [n], in (0, 1)
 
 SCALES = dict(rank=ranks, standard=standard)
 
-# %% ../nbs/22_selectors.ipynb #4d914955
+# %% ../nbs/22_selectors.ipynb #f461ec6c
 class Running(Stateful):
     "Brings values to (0, 1) by comparing them with the last `window` of their kind, themselves included"
     def __init__(self,
@@ -150,7 +150,7 @@ class Running(Stateful):
     )->np.ndarray: # [n], in (0, 1); ties get their mean rank
         x = np.asarray(x, float)
         self.latest.extend(x)
-        return SCALES[self.scale](x, x if len(x) > self.latest.size else self.latest.held)
+        return SCALES[self.scale](x, x if len(x) > self.latest.size else self.latest.held) if len(x) else x
 
 # %% ../nbs/22_selectors.ipynb #510f435a
 class AdaptiveThreshold(Stateful):
@@ -207,7 +207,7 @@ class Selector(Stateful):
     def remember(self, seen:Seen, mask): "Told of what was kept"
     def trained(self, batch:Batch, f:Forward): "Told of every training step, after its backward pass"
 
-# %% ../nbs/22_selectors.ipynb #fccceece
+# %% ../nbs/22_selectors.ipynb #b4727700
 @patch
 def check(self:Selector, seen:Seen):
     "Raises `ValueError` where something needed is missing, NaN or infinite"
@@ -223,11 +223,16 @@ def terms(self:Selector, seen:Seen)->np.ndarray: # [n_terms, n], in (0, 1)
     return np.stack([scale(x) for scale, x in zip(self.scales, self.raw(seen))])
 
 @patch
+def combine(self:Selector, terms)->np.ndarray: # [n]
+    "Weighted mean; a plain sum, since a product's rounding would depend on a sample's place"
+    return (self.weights[:, None]*terms).sum(0)/self.weights.sum()
+
+@patch
 def importance(self:Selector, seen:Seen)->np.ndarray: # [n], in (0, 1)
     "Importance of samples that have just arrived: the weighted mean of the terms"
-    return self.weights @ self.terms(seen)/self.weights.sum()
+    return self.combine(self.terms(seen))
 
-# %% ../nbs/22_selectors.ipynb #6933130f
+# %% ../nbs/22_selectors.ipynb #0d8160fb
 @patch
 def keep(self:Selector, seen:Seen)->np.ndarray: # [n] bool
     "Which of the arriving samples pass the adaptive threshold"
@@ -240,7 +245,7 @@ def pool(self:Selector, seen:Seen, k:int)->np.ndarray: # k indices, fewer if the
     "k samples of a pool, the first the most important; what a stream remembers stays as it is"
     self.check(seen)
     terms = np.stack([SCALES[s.scale](x, x) for s, x in zip(self.scales, self.raw(seen))])
-    return np.argsort(-self.gate.perturb(self.weights @ terms/self.weights.sum()), kind='stable')[:k]
+    return np.argsort(-self.gate.perturb(self.combine(terms)), kind='stable')[:k]
 
 # %% ../nbs/22_selectors.ipynb #213c4069
 class Random(Selector):
