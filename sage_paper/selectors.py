@@ -185,7 +185,7 @@ def __call__(self:AdaptiveThreshold, importance)->np.ndarray: # [n] bool
     self.seen, self.kept = self.seen + len(x), self.kept + int(mask.sum())
     return mask
 
-# %% ../nbs/22_selectors.ipynb #e22fe4f4
+# %% ../nbs/22_selectors.ipynb #4c0bac10
 class Selector(Stateful):
     "Says how important samples are; subclasses define `raw`"
     scores = True         # False: looks at nothing, so that no forward pass is made
@@ -203,11 +203,10 @@ class Selector(Stateful):
     def raw(self, seen:Seen)->list: # of [n], one a term, in its own unit; the more the more important
         "What the selector goes by; changes nothing"
         raise TypeError(f'{type(self).__name__} does not say what is important')
-
     def remember(self, seen:Seen, mask): "Told of what was kept"
     def trained(self, batch:Batch, f:Forward): "Told of every training step, after its backward pass"
 
-# %% ../nbs/22_selectors.ipynb #b4727700
+# %% ../nbs/22_selectors.ipynb #2a677f42
 @patch
 def check(self:Selector, seen:Seen):
     "Raises `ValueError` where something needed is missing, NaN or infinite"
@@ -222,6 +221,7 @@ def terms(self:Selector, seen:Seen)->np.ndarray: # [n_terms, n], in (0, 1)
     self.check(seen)
     return np.stack([scale(x) for scale, x in zip(self.scales, self.raw(seen))])
 
+# %% ../nbs/22_selectors.ipynb #76252776
 @patch
 def combine(self:Selector, terms)->np.ndarray: # [n]
     "Weighted mean; a plain sum, since a product's rounding would depend on a sample's place"
@@ -257,7 +257,7 @@ class Random(Selector):
     ): super().__init__(fraction, 0., seed)
     def raw(self, seen): return [np.zeros(len(seen))]
 
-# %% ../nbs/22_selectors.ipynb #3fa3b8c6
+# %% ../nbs/22_selectors.ipynb #94a174da
 class Longest(Selector):
     "The most answer tokens"
     needs = ('length',)
@@ -273,6 +273,7 @@ class Uncertainty(Selector):
         self.needs = (measure,)
     def raw(self, seen): return [-seen.margin if self.needs == ('margin',) else getattr(seen, self.needs[0])]
 
+# %% ../nbs/22_selectors.ipynb #2bf07734
 class SuRe(Selector):
     "The most surprising: highest negative log-likelihood, from the top"
     def __init__(self, fraction:float,
