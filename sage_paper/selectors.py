@@ -332,13 +332,14 @@ def k_center(
         new = _farthest(x, sq, bound, k - len(chosen), active)
     return np.array((chosen + new)[:k], dtype=int)
 
-# %% ../nbs/22_selectors.ipynb #a9ca77fb
+# %% ../nbs/22_selectors.ipynb #09fd2b47
 def _farthest(x, sq, bound, k, active):
     "At most k next choices: all that need no look at more than `active` rows"
     order = np.argpartition(-bound, min(active, len(x) - 1))
     top, rest = np.sort(order[:active]), bound[order[active:]].max(initial=-np.inf)
+    error = 16*np.finfo(sq.dtype).eps*sq.max()   # that a squared distance may have
     x, sq, near, new = x[top], sq[top], bound[top], []
-    while len(new) < k and (near[j := near.argmax()] > rest or not new):
+    while len(new) < k and (near[j := near.argmax()] + error >= rest or not new):
         new.append(int(top[j]))
         near = np.minimum(near, sq + sq[j] - 2*(x @ x[j]))
         near[j] = -np.inf

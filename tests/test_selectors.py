@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from sage_paper.calls import Sample, ToolCall
 from sage_paper.model import collate, encode, forward, tiny_lm
-from sage_paper.selectors import FIELDS, AdaptiveThreshold, GradientSimilarity, KCenter, Ring, Running, Seen, Selector, Uncertainty, gain_gradients, k_center, ranks, see, unit
+from sage_paper.selectors import FIELDS, AdaptiveThreshold, GradientSimilarity, KCenter, Ring, Running, Seen, Selector, Uncertainty, _farthest, gain_gradients, k_center, ranks, see, unit
 from sage_paper.ssis import SELECTORS, SSIS, staleness, term_ablations, term_correlations
 
 D = 6
@@ -292,6 +292,13 @@ def test_k_center_single_precision_covers_as_well():
 def test_k_center_with_equal_points():
     assert sorted(k_center(np.ones((5, 3)), 9)) == list(range(5))
     assert {*k_center(np.repeat(np.eye(3), 4, 0), 3)//4} == {0, 1, 2}
+
+
+def test_k_center_needs_no_more_passes_where_many_are_equal(monkeypatch):
+    calls, x = [], np.random.default_rng(0).normal(size=(30, 64)).astype(np.float32)[np.arange(3000) % 30]
+    monkeypatch.setattr('sage_paper.selectors._farthest', lambda *a: calls.append(1) or _farthest(*a))
+    chosen = k_center(x, 500)
+    assert {*chosen[:30] % 30} == {*range(30)} and len({*chosen}) == 500 and len(calls) < 40
 
 
 def test_a_pool_is_covered():
