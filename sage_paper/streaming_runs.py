@@ -80,7 +80,7 @@ def _curves(lm, s, test, late):
 def _train(lm, s, spec, train, order, curves):
     "One of the four configurations, trained; returns the trainer"
     from sage_paper.replay import ReservoirBuffer
-    from sage_paper.selectors import SSIS
+    from sage_paper.ssis import SSIS
     from sage_paper.trainers import Trainer, train_batch, train_stream
     method, seed, streaming = spec['method'], spec['seed'], spec['method'].startswith('streaming')
     half = method in ('batch_50pct', 'streaming_coreset')

@@ -13,7 +13,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 from .model import LM, Encoded, forward, forward_flops, shape
 from .replay import ReservoirBuffer
-from .selectors import SSIS, Random, Selector, see
+from .selectors import Random, Selector, see
+from .ssis import SSIS
 
 # %% ../nbs/24_trainers.ipynb #a84014f8
 @dataclass

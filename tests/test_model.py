@@ -9,7 +9,7 @@ from sage_paper.evaluation import generate, grade
 from sage_paper.streaming_runs import load_task
 from sage_paper.model import LM, computes_bf16, embed, encode, forward, load_lm, render, tiny_lm
 from sage_paper.replay import ReservoirBuffer
-from sage_paper.selectors import SSIS
+from sage_paper.ssis import SSIS
 from sage_paper.trainers import Curve, Trainer, train_batch, train_stream
 from sage_paper.queries import sageworld
 
