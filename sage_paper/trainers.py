@@ -183,9 +183,9 @@ def sift(
     if not selector.scores: mask = selector.gate(np.ones(len(new)))
     else:
         batch, s = trainer.lm.collate(new), trainer.shape
-        mask = selector.keep(see(trainer.lm, batch))
+        mask = selector.keep(see(trainer.lm, batch, selector.needs))
         trainer.budget.scored_samples += len(new)
         trainer.budget.scored_tokens += batch.n_tokens
-        gradient = 2*s.hidden*s.vocabulary*sum(e.n_answer for e in new)   # the product in `gain_gradients`
+        gradient = 2*s.hidden*s.vocabulary*sum(e.n_answer for e in new)*('gradient' in selector.needs)   # the product in `gain_gradients`
         trainer.budget.flops += forward_flops(s, new) + gradient
     return [e for e, m in zip(new, mask) if m]
