@@ -6,6 +6,7 @@
 __all__ = ['Captured']
 
 # %% ../nbs/19_capture.ipynb #8565a83f
+from functools import cache
 import torch
 from fastcore.basics import patch
 
@@ -30,15 +31,29 @@ class Captured:
         if key in self.graphs: return self._replay(key, args)
         if key in self.met and len(self.graphs) < self.most: return self._capture(key, args)
         self.met.add(key)
-        return self.fn(*(a.to(self.device, non_blocking=True) for a in args))
+        return self._aside(args)
 
 # %% ../nbs/19_capture.ipynb #8e43df8d
+@cache
+def _side_stream(device):
+    "Where graphs are written down, and first calls run"
+    return torch.cuda.Stream(device)
+
+@patch
+def _aside(self:Captured, args):
+    "Run the function as it is, on the stream on which it will be captured"
+    side, main = _side_stream(self.device), torch.cuda.current_stream(self.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side): out = self.fn(*(a.to(self.device, non_blocking=True) for a in args))
+    main.wait_stream(side)
+    return out
+
 @patch
 def _capture(self:Captured, key, args):
     "Write down the graph of a shape, then play it"
     held, graph = [a.to(self.device, copy=True) for a in args], torch.cuda.CUDAGraph()
     torch.cuda.synchronize(self.device)
-    with torch.cuda.graph(graph, pool=self.pool): out = self.fn(*held)
+    with torch.cuda.graph(graph, pool=self.pool, stream=_side_stream(self.device)): out = self.fn(*held)
     self.pool, self.graphs[key] = graph.pool(), (graph, held, out)
     return self._replay(key, args)
 

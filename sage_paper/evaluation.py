@@ -8,11 +8,11 @@ __all__ = ['Graded', 'grade', 'ListEnd', 'Answers', 'KeyValues', 'greedy_tokens'
 # %% ../nbs/21_evaluation.ipynb #02984cb7
 from dataclasses import dataclass
 import numpy as np, torch
-from transformers import StaticCache
 from .calls import Sample, ToolCall, format_calls, parse_calls
 from .capture import Captured
-from .model import LM, Encoded, encode, forward, render, sum_by_row, tiny_lm
+from .model import LM, Encoded, encode, forward, no_progress, render, sum_by_row, tiny_lm
 from .scores import score_call
+with no_progress(): from transformers import StaticCache
 
 # %% ../nbs/21_evaluation.ipynb #dd6a9d21
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def greedy_tokens(
     mask = torch.cat([attention_mask, attention_mask.new_ones(len(input_ids), n)], 1)
     cache, head = KeyValues(lm, mask.shape[1]), lm.model.get_output_embeddings()
     def next_token(ids, position):
-        with lm.autocast():
+        with lm.autocast(), torch.compiler.set_stance('force_eager'):
             states = lm.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state
             return head(states[:, -1:]).argmax(-1), position[:, -1:] + 1
     ids, position = next_token(input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))

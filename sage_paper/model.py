@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'SYSTEM', 'SYSTEM_TOOLS', 'no_progress', 'weights_dir', 'default_device', 'computes_bf16', 'byte_tokenizer',
            'tiny_lm', 'instruction', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward', 'sum_by_row',
-           'mean_by_row', 'LM', 'forward', 'HeadError', 'check_head', 'load_lm', 'embed', 'Shape', 'shape',
+           'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'embed', 'Shape', 'shape',
            'forward_flops']
 
 # %% ../nbs/20_model.ipynb #053282f2
@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
+from fastcore.basics import patch
 from tqdm import TqdmWarning
 from .assets import MODELS, cache_dir, fetch, registry
 from .calls import Sample, Tool, ToolCall, format_calls, name_end, tool_document
@@ -180,8 +181,8 @@ def collate(
     flat += [(len(encoded), 0, 0, False)]*(-len(flat) % multiple_m)
     for b, e in enumerate(encoded): ids[b, :len(e.ids)], mask[b, :len(e.ids)] = torch.tensor(e.ids), 1
     row, at, label, in_name = (torch.tensor(c) for c in zip(*flat))
-    moved = (x.to(device, non_blocking=True) for x in (ids, mask, row, at, label, in_name))
-    return Batch(*moved, n_tokens=sum(len(e.ids) for e in encoded))
+    def move(x): return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x.to(device)
+    return Batch(*map(move, (ids, mask, row, at, label, in_name)), n_tokens=sum(len(e.ids) for e in encoded))
 
 # %% ../nbs/20_model.ipynb #6f61a62e
 @dataclass
@@ -218,7 +219,7 @@ class LM:
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         self.bf16 = precision == 'bf16' or precision == 'auto' and computes_bf16(self.device)
-        self.played, self.pool = {}, torch.cuda.graph_pool_handle() if self.device.type == 'cuda' else None
+        self.fused, self.played, self.pool = False, {}, torch.cuda.graph_pool_handle() if self.device.type == 'cuda' else None
 
     def autocast(self):
         "The context matrix products run in"
@@ -236,19 +237,42 @@ class LM:
         if fn not in self.played: self.played[fn] = Captured(lambda *tensors: fn(self, Batch(*tensors)), self.device, self.pool)
         return self.played[fn](*batch.tensors)
 
+# %% ../nbs/20_model.ipynb #e0b561ff
+@contextmanager
+def maskless(model):
+    "Attention that is causal and nothing else"
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    AttentionInterface.register('sdpa_maskless', sdpa_attention_forward)
+    config, own = model.config, model.config._attn_implementation
+    config._attn_implementation = 'sdpa_maskless'
+    try: yield
+    finally: config._attn_implementation = own
+
 # %% ../nbs/20_model.ipynb #ba839e11
 def forward(
     lm:LM, batch:Batch,
 )->Forward:
     "One pass over `batch`"
-    with lm.autocast():
-        states = lm.model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    with lm.autocast(), maskless(decoder := lm.model.get_decoder()):
+        states = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = states[batch.row.clamp(max=len(states) - 1), batch.at]
         logits = lm.model.get_output_embeddings()(hidden).float()
     token_nll = torch.nn.functional.cross_entropy(logits, batch.label, reduction='none')
     mask = batch.attention_mask.unsqueeze(-1)
     embedding = (states.detach().float()*mask).sum(1)/mask.sum(1)
     return Forward(token_nll, logits.detach().argmax(-1) == batch.label, mean_by_row(token_nll, batch.row, len(embedding)), embedding, hidden, logits)
+
+# %% ../nbs/20_model.ipynb #32374ed1
+@patch
+def fuse(self:LM,
+    backend='inductor', # of `torch.compile`
+)->LM:
+    "Compile the decoder's layers, once"
+    if not self.fused:
+        for layer in self.model.get_decoder().layers: layer.compile(dynamic=True, backend=backend)
+    self.fused = True
+    return self
 
 # %% ../nbs/20_model.ipynb #8e55f175
 class HeadError(ValueError):

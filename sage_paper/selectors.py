@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'SCALES', 'Seen', 'token_entropy', 'token_margin', 'gain_gradients', 'gain_gradients_from_backward', 'see',
            'Stateful', 'Ring', 'ranks', 'standard', 'Running', 'AdaptiveThreshold', 'Selector', 'Random', 'Longest',
-           'Uncertainty', 'SuRe', 'RHOLoss', 'unit', 'GradientSimilarity', 'k_center', 'nearest_distance', 'KCenter']
+           'Uncertainty', 'SuRe', 'RHOLoss', 'RunningMean', 'unit', 'GradientSimilarity', 'k_center',
+           'nearest_distance', 'KCenter']
 
 # %% ../nbs/22_selectors.ipynb #97d34bd7
 from dataclasses import dataclass
@@ -86,11 +87,13 @@ def _saved(v):
     if isinstance(v, Stateful): return v.state_dict()
     if isinstance(v, np.random.Generator): return v.bit_generator.state
     if isinstance(v, list): return [_saved(x) for x in v]
+    if isinstance(v, torch.Tensor): return v.cpu().numpy().copy()
     return v.copy() if isinstance(v, np.ndarray) else v
 
 def _restored(own, v):
     if isinstance(own, Stateful): own.load_state_dict(v)
     elif isinstance(own, np.random.Generator): own.bit_generator.state = v
+    elif isinstance(own, torch.Tensor): own = torch.tensor(v)
     else: return [_restored(*pair) for pair in zip(own, v)] if isinstance(own, list) else _saved(v)
     return own
 
@@ -204,7 +207,7 @@ class Selector(Stateful):
         "What the selector goes by; changes nothing"
         raise TypeError(f'{type(self).__name__} does not say what is important')
     def remember(self, seen:Seen, mask): "Told of what was kept"
-    def trained(self, batch:Batch, f:Forward): "Told of every training step, after its backward pass"
+    def trained(self, gradient:torch.Tensor): "Told of every training step: its samples' gradients by the log-gain, [B, d]"
 
 # %% ../nbs/22_selectors.ipynb #2a677f42
 @patch
@@ -288,6 +291,21 @@ class RHOLoss(Selector):
     needs = ('nll', 'irreducible')
     def raw(self, seen): return [seen.nll - seen.irreducible]
 
+# %% ../nbs/22_selectors.ipynb #0e38ecf4
+class RunningMean(Stateful):
+    "Exponentially weighted mean of what training steps tell; it waits for their device only when it is read"
+    def __init__(self,
+        decay:float, # in [0, 1), of a step's weight with every later step
+    ): self.decay, self.steps, self.held = decay, 0, torch.zeros(1, dtype=torch.float64)
+
+    def update(self, x:torch.Tensor): # [d]
+        "Take a step's value in"
+        self.held, self.steps = self.decay*self.held.to(x.device) + (1 - self.decay)*x.double(), self.steps + 1
+
+    def read(self)->np.ndarray: # [d], or [1] before the first step
+        "The mean, 0 before the first step"
+        return self.held.cpu().numpy()/max(1 - self.decay**self.steps, 1e-12)
+
 # %% ../nbs/22_selectors.ipynb #a59cfec3
 def unit(x:np.ndarray)->np.ndarray: # [n, d]
     "Rows of length 1; a row of zeros stays one"
@@ -302,14 +320,14 @@ class GradientSimilarity(Selector):
         target=None, # [d], such as `see(lm, validation).gradient.mean(0)`; None: what was trained on
     ):
         super().__init__(fraction, sharpness, seed)
-        self.decay, self.fixed, self.target = decay, target is not None, np.zeros(1) if target is None else np.array(target)
-    def raw(self, seen): return [(unit(seen.gradient)*unit(self.target[None])).sum(1)]
+        self.target, self.lately = None if target is None else np.array(target), RunningMean(decay)
+    def raw(self, seen): return [(unit(seen.gradient)*unit((self.lately.read() if self.target is None else self.target)[None])).sum(1)]
 
 # %% ../nbs/22_selectors.ipynb #7731249d
 @patch
-def trained(self:GradientSimilarity, batch:Batch, f:Forward):
+def trained(self:GradientSimilarity, gradient:torch.Tensor):
     "Update the running mean gradient"
-    if not self.fixed: self.target = self.decay*self.target + (1 - self.decay)*gain_gradients_from_backward(batch, f).mean(0).double().cpu().numpy()
+    if self.target is None: self.lately.update(gradient.mean(0))
 
 # %% ../nbs/22_selectors.ipynb #c4ab0d78
 def _nearest(x, sq, centers, block=4096):

@@ -9,9 +9,8 @@ __all__ = ['TERMS', 'SELECTORS', 'SSIS', 'term_ablations', 'term_correlations', 
 from functools import partial
 import numpy as np, torch
 from fastcore.basics import patch
-from .model import Batch, Forward
-from .selectors import (GradientSimilarity, KCenter, Longest, Random, RHOLoss, Ring, Seen, Selector, SuRe, Uncertainty,
-                                  gain_gradients_from_backward, nearest_distance, unit)
+from .selectors import (GradientSimilarity, KCenter, Longest, Random, RHOLoss, Ring, RunningMean, Seen, Selector, SuRe,
+                                  Uncertainty, nearest_distance, unit)
 
 # %% ../nbs/23_ssis.ipynb #8fa87e25
 class SSIS(Selector):
@@ -27,24 +26,20 @@ class SSIS(Selector):
         if self.weights.shape != (3,) or self.weights.min() < 0 or not self.weights.any(): raise ValueError(f'weights = {weights}: not three, none below 0, not all 0')
         super().__init__(fraction, sharpness, seed, scale)
         self.needs = tuple(k for k, w in zip(('nll', 'embedding', 'gradient'), self.weights) if w)
-        self.kept, self.decay, self.fisher, self.steps = Ring(window), decay, np.zeros(1), 0
+        self.kept, self.fisher = Ring(window), RunningMean(decay)
 
 # %% ../nbs/23_ssis.ipynb #896599ad
 @patch
-@torch.no_grad()
-def trained(self:SSIS, batch:Batch, f:Forward):
+def trained(self:SSIS, gradient:torch.Tensor):
     "Update the running diagonal Fisher information"
-    if not self.weights[2]: return
-    g2 = (gain_gradients_from_backward(batch, f).double()**2).mean(0).cpu().numpy()
-    self.steps += 1
-    self.fisher = self.decay*self.fisher + (1 - self.decay)*g2
+    if self.weights[2]: self.fisher.update((gradient.double()**2).mean(0))
 
 @patch
 def risk(self:SSIS,
     gradient:np.ndarray, # [n, d]
 )->np.ndarray: # [n], 0 before the first training step
     "Forgetting risk: squared gradients, weighted by the running Fisher information"
-    return (np.asarray(gradient, float)**2*self.fisher).sum(1)/max(1 - self.decay**self.steps, 1e-12)
+    return (np.asarray(gradient, float)**2*self.fisher.read()).sum(1)
 
 # %% ../nbs/23_ssis.ipynb #777ef682
 @patch

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from sage_paper.calls import Sample, ToolCall
 from sage_paper.model import collate, encode, forward, tiny_lm
-from sage_paper.selectors import FIELDS, AdaptiveThreshold, GradientSimilarity, KCenter, Ring, Running, Seen, Selector, Uncertainty, _farthest, gain_gradients, k_center, ranks, see, unit
+from sage_paper.selectors import FIELDS, AdaptiveThreshold, GradientSimilarity, KCenter, Ring, Running, Seen, Selector, Uncertainty, _farthest, gain_gradients, gain_gradients_from_backward, k_center, ranks, see, unit
 from sage_paper.ssis import SELECTORS, SSIS, staleness, term_ablations, term_correlations
 
 D = 6
@@ -33,11 +33,13 @@ def kept(selector, seens): return np.concatenate([selector.keep(s) for s in seen
 
 
 class Step:
-    "What `trained` reads of a training step"
+    "What a training step leaves behind"
     def __init__(self, seed, n=4):
         g = torch.Generator().manual_seed(seed)
         self.hidden, self.nll, self.row = torch.randn(2*n, D, generator=g), torch.zeros(n), torch.arange(2*n) % n
         self.hidden.grad = torch.randn(2*n, D, generator=g)
+
+def gradients(k): return gain_gradients_from_backward(Step(k), Step(k))
 
 
 def fields(n, **odd): return Seen(**(dict(nll=np.ones(n), embedding=np.ones((n, D)), gradient=np.ones((n, D)), entropy=np.ones(n), margin=np.ones(n)/2, length=np.ones(n), irreducible=np.ones(n)) | odd))
@@ -71,13 +73,13 @@ def test_a_seed_decides(name):
 @pytest.mark.parametrize('pickled', [False, True])
 def test_a_restart_goes_on_exactly(name, pickled):
     seens, one = stream(n=40), make(name)
-    for k, s in enumerate(seens[:20]): one.keep(s); one.trained(Step(k), Step(k))
+    for k, s in enumerate(seens[:20]): one.keep(s); one.trained(gradients(k))
     state = one.state_dict()
     if pickled: state = pickle.loads(pickle.dumps(state))
     before, two = copy.deepcopy(state), make(name, 0.2, 3., seed=9)
     two.load_state_dict(state)
     assert (kept(one, seens[20:]) == kept(two, seens[20:])).all()
-    for s in (one, two): s.trained(Step(99), Step(99))
+    for s in (one, two): s.trained(gradients(99))
     np.testing.assert_array_equal(one.importance(seens[0]), two.importance(seens[0]))
     assert one.pool(seens[0], 3).tolist() == two.pool(seens[0], 3).tolist()
     assert pickle.dumps(state) == pickle.dumps(before)   # a state is not touched by those who go on from it
@@ -87,7 +89,7 @@ def test_a_restart_goes_on_exactly(name, pickled):
 def test_memory_is_bounded(name):
     def size(n):
         s = make(name)
-        for k, seen in enumerate(stream(n=n, size=32)): s.keep(seen); s.trained(Step(k), Step(k))
+        for k, seen in enumerate(stream(n=n, size=32)): s.keep(seen); s.trained(gradients(k))
         return len(pickle.dumps(s.state_dict()))
     sizes = [size(n) for n in (70, 210)]
     assert abs(sizes[1] - sizes[0]) < 64   # counters may take a byte more
@@ -106,7 +108,7 @@ ODD = dict(constant=fields(5), zeros=fields(5, nll=np.zeros(5), embedding=np.zer
 def test_odd_inputs_have_an_importance(name, odd, scale):
     seen, s = ODD[odd], make(name)
     for r in s.scales: r.scale = scale
-    for k in range(3): s.trained(Step(k), Step(k))
+    for k in range(3): s.trained(gradients(k))
     with np.errstate(all='raise', under='ignore'):
         for _ in range(2):
             i = s.importance(seen)
@@ -159,11 +161,11 @@ def test_it_prefers_what_is_far_from_what_was_kept(name):
 
 def test_similar_gradients_are_preferred():
     s, step = GradientSimilarity(0.5, np.inf), Step(0)
-    for _ in range(3): s.trained(step, step)
+    for _ in range(3): s.trained(gradients(0))
     mean = torch.zeros(4, D).index_add_(0, step.row, 4*step.hidden.grad*step.hidden).mean(0).numpy()
     assert s.raw(fields(3, gradient=np.stack([-mean, 7*mean, 0*mean])))[0] == pytest.approx([-1, 1, 0], abs=1e-5)
     fixed = GradientSimilarity(0.5, target=np.eye(D)[0])
-    fixed.trained(step, step)
+    fixed.trained(gradients(0))
     assert fixed.target.tolist() == np.eye(D)[0].tolist()
 
 
@@ -315,8 +317,8 @@ def test_a_term_of_weight_zero_is_not_computed():
         assert len(s.needs) == len(names.split('+'))
         for k, seen in enumerate(stream(n=3)):
             s.keep(Seen(**{f: getattr(seen, f) for f in s.needs}))
-            s.trained(Step(k), Step(k))
-        assert (s.steps > 0) == ('risk' in names) and (len(s.kept) > 0) == ('distance' in names)
+            s.trained(gradients(k))
+        assert (s.fisher.steps > 0) == ('risk' in names) and (len(s.kept) > 0) == ('distance' in names)
 
 
 def test_alone_a_term_orders_as_it_says():
@@ -331,7 +333,7 @@ def test_the_running_fisher_is_a_mean_over_samples(decay):
     squares = []
     for k in range(5):
         step = Step(k)
-        s.trained(step, step)
+        s.trained(gradients(k))
         squares.append((torch.zeros(4, D).index_add_(0, step.row, 4*step.hidden.grad*step.hidden)**2).mean(0).numpy())
     w = decay**np.arange(5)[::-1]
     assert s.risk(np.eye(D)) == pytest.approx(w @ squares/w.sum(), rel=1e-5)
