@@ -108,7 +108,7 @@ def greedy_tokens(
             states = lm.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state
             return head(states[:, -1:]).argmax(-1), position[:, -1:] + 1
     ids, position = next_token(input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
-    captured = Captured(next_token, lm.device, lm.pool)
+    captured = Captured(next_token, lm.device, lm.memory)
     for _ in range(n - 1):
         yield ids[:, 0].tolist()
         ids, position = captured(ids, position)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from tqdm import TqdmWarning
 from .assets import MODELS, cache_dir, fetch, registry
 from .calls import Sample, Tool, ToolCall, format_calls, name_end, tool_document
-from .capture import Captured
+from .capture import Captured, graph_memory
 
 # %% ../nbs/20_model.ipynb #49827020
 @contextmanager
@@ -219,7 +219,7 @@ class LM:
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         self.bf16 = precision == 'bf16' or precision == 'auto' and computes_bf16(self.device)
-        self.fused, self.played, self.pool = False, {}, torch.cuda.graph_pool_handle() if self.device.type == 'cuda' else None
+        self.fused, self.played, self.memory = False, {}, graph_memory(self.device)
 
     def autocast(self):
         "The context matrix products run in"
@@ -234,7 +234,7 @@ class LM:
         batch:Batch,
     )->tuple:
         "`fn` of the batch, captured, see `Captured`"
-        if fn not in self.played: self.played[fn] = Captured(lambda *tensors: fn(self, Batch(*tensors)), self.device, self.pool)
+        if fn not in self.played: self.played[fn] = Captured(lambda *tensors: fn(self, Batch(*tensors)), self.device, self.memory)
         return self.played[fn](*batch.tensors)
 
 # %% ../nbs/20_model.ipynb #e0b561ff
@@ -280,7 +280,7 @@ class HeadError(ValueError):
 
 def check_head(lm:LM):
     "Compare `forward` with the model's own logits on one sample; raises `HeadError`"
-    batch = lm.collate(encode([Sample('', 'Hello', ())], lm.tokenizer))
+    batch = collate(encode([Sample('', 'Hello', ())], lm.tokenizer), lm.tokenizer.pad_token_id, lm.device)
     with torch.no_grad(), lm.autocast():
         own = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.row, batch.at].float()
     with torch.no_grad(): ours = forward(lm, batch).logits

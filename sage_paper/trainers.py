@@ -78,7 +78,7 @@ class Trainer:
         if on_gpu := lm.device.type == 'cuda': lm.fuse()
         self.rate = torch.tensor(lr, device=lm.device)   # a tensor, since a graph would keep a number
         self.opt = torch.optim.AdamW(lm.model.parameters(), lr=self.rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
-        self.learn = Captured(self._learn, lm.device, lm.pool)
+        self.learn = Captured(self._learn, lm.device, lm.memory)
 
 # %% ../nbs/25_trainers.ipynb #4b1537aa
 @patch
