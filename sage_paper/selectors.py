@@ -87,13 +87,11 @@ def _saved(v):
     if isinstance(v, Stateful): return v.state_dict()
     if isinstance(v, np.random.Generator): return v.bit_generator.state
     if isinstance(v, list): return [_saved(x) for x in v]
-    if isinstance(v, torch.Tensor): return v.cpu().numpy().copy()
     return v.copy() if isinstance(v, np.ndarray) else v
 
 def _restored(own, v):
     if isinstance(own, Stateful): own.load_state_dict(v)
     elif isinstance(own, np.random.Generator): own.bit_generator.state = v
-    elif isinstance(own, torch.Tensor): own = torch.tensor(v)
     else: return [_restored(*pair) for pair in zip(own, v)] if isinstance(own, list) else _saved(v)
     return own
 
@@ -155,6 +153,12 @@ class Running(Stateful):
         self.latest.extend(x)
         return SCALES[self.scale](x, x if len(x) > self.latest.size else self.latest.held) if len(x) else x
 
+    def peek(self,
+        x, # [n], which are not remembered
+    )->np.ndarray: # [n], in (0, 1)
+        "Where values would stand among the remembered ones, themselves counted in"
+        return np.array([SCALES[self.scale]([v], np.append(self.latest.held, v))[0] for v in np.asarray(x, float)])
+
 # %% ../nbs/22_selectors.ipynb #510f435a
 class AdaptiveThreshold(Stateful):
     "Keeps a given fraction of a stream, drawn in proportion to importance^sharpness"
@@ -194,6 +198,7 @@ class Selector(Stateful):
     scores = True         # False: looks at nothing, so that no forward pass is made
     needs = ('nll',)      # fields of `Seen` that it looks at
     weights = np.ones(1)  # of the terms that `raw` gives
+    loss_term = None      # the one that is the loss alone, so that a newer loss makes it new
 
     def __init__(self,
         fraction:float, # in (0, 1], of a stream that is kept
@@ -207,7 +212,7 @@ class Selector(Stateful):
         "What the selector goes by; changes nothing"
         raise TypeError(f'{type(self).__name__} does not say what is important')
     def remember(self, seen:Seen, mask): "Told of what was kept"
-    def trained(self, gradient:torch.Tensor): "Told of every training step: its samples' gradients by the log-gain, [B, d]"
+    def trained(self, gradient:np.ndarray): "Told of every training step: its samples' gradients by the log-gain, [B, d]"
 
 # %% ../nbs/22_selectors.ipynb #2a677f42
 @patch
@@ -237,18 +242,34 @@ def importance(self:Selector, seen:Seen)->np.ndarray: # [n], in (0, 1)
 
 # %% ../nbs/22_selectors.ipynb #0d8160fb
 @patch
+def judge(self:Selector, seen:Seen)->tuple: # ([n] bool, [n_terms, n])
+    "Which of the arriving samples pass the adaptive threshold, and the terms that say so"
+    terms = self.terms(seen)
+    mask = self.gate(self.combine(terms))
+    self.remember(seen, mask)
+    return mask, terms
+
+@patch
 def keep(self:Selector, seen:Seen)->np.ndarray: # [n] bool
     "Which of the arriving samples pass the adaptive threshold"
-    mask = self.gate(self.importance(seen))
-    self.remember(seen, mask)
-    return mask
+    return self.judge(seen)[0]
 
+# %% ../nbs/22_selectors.ipynb #d5b33da2
 @patch
 def pool(self:Selector, seen:Seen, k:int)->np.ndarray: # k indices, fewer if there are fewer
     "k samples of a pool, the first the most important; what a stream remembers stays as it is"
     self.check(seen)
     terms = np.stack([SCALES[s.scale](x, x) for s, x in zip(self.scales, self.raw(seen))])
     return np.argsort(-self.gate.perturb(self.combine(terms)), kind='stable')[:k]
+
+@patch
+def refreshed(self:Selector,
+    terms, # [n_terms, n], of samples when they arrived
+    nll,   # [n], now
+)->np.ndarray: # [n_terms, n]
+    "The terms with the loss's brought up to date, which costs nothing where samples are trained on again"
+    if self.loss_term is None: return np.asarray(terms)
+    return np.insert(np.delete(terms, self.loss_term, 0), self.loss_term, self.scales[self.loss_term].peek(nll), 0)
 
 # %% ../nbs/22_selectors.ipynb #213c4069
 class Random(Selector):
@@ -273,12 +294,13 @@ class Uncertainty(Selector):
     ):
         if measure not in ('nll', 'entropy', 'margin'): raise ValueError(f'measure = {measure!r}: known are nll, entropy, margin')
         super().__init__(fraction, sharpness, seed)
-        self.needs = (measure,)
+        self.needs, self.loss_term = (measure,), 0 if measure == 'nll' else None
     def raw(self, seen): return [-seen.margin if self.needs == ('margin',) else getattr(seen, self.needs[0])]
 
 # %% ../nbs/22_selectors.ipynb #2bf07734
 class SuRe(Selector):
     "The most surprising: highest negative log-likelihood, from the top"
+    loss_term = 0
     def __init__(self, fraction:float,
         sharpness=np.inf, # for the common signature; the top means infinity
         seed=0,
@@ -293,18 +315,18 @@ class RHOLoss(Selector):
 
 # %% ../nbs/22_selectors.ipynb #0e38ecf4
 class RunningMean(Stateful):
-    "Exponentially weighted mean of what training steps tell; it waits for their device only when it is read"
+    "Exponentially weighted mean of what training steps tell"
     def __init__(self,
         decay:float, # in [0, 1), of a step's weight with every later step
-    ): self.decay, self.steps, self.held = decay, 0, torch.zeros(1, dtype=torch.float64)
+    ): self.decay, self.steps, self.held = decay, 0, np.zeros(1)
 
-    def update(self, x:torch.Tensor): # [d]
+    def update(self, x:np.ndarray): # [d]
         "Take a step's value in"
-        self.held, self.steps = self.decay*self.held.to(x.device) + (1 - self.decay)*x.double(), self.steps + 1
+        self.held, self.steps = self.decay*self.held + (1 - self.decay)*x, self.steps + 1
 
     def read(self)->np.ndarray: # [d], or [1] before the first step
         "The mean, 0 before the first step"
-        return self.held.cpu().numpy()/max(1 - self.decay**self.steps, 1e-12)
+        return self.held/max(1 - self.decay**self.steps, 1e-12)
 
 # %% ../nbs/22_selectors.ipynb #a59cfec3
 def unit(x:np.ndarray)->np.ndarray: # [n, d]
@@ -325,9 +347,9 @@ class GradientSimilarity(Selector):
 
 # %% ../nbs/22_selectors.ipynb #7731249d
 @patch
-def trained(self:GradientSimilarity, gradient:torch.Tensor):
+def trained(self:GradientSimilarity, gradient:np.ndarray):
     "Update the running mean gradient"
-    if self.target is None: self.lately.update(gradient.mean(0))
+    if self.target is None: self.lately.update(gradient.mean(0, dtype=float))
 
 # %% ../nbs/22_selectors.ipynb #c4ab0d78
 def _nearest(x, sq, centers, block=4096):

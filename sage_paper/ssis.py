@@ -7,7 +7,7 @@ __all__ = ['TERMS', 'SELECTORS', 'SSIS', 'term_ablations', 'term_correlations', 
 
 # %% ../nbs/23_ssis.ipynb #5c281dc1
 from functools import partial
-import numpy as np, torch
+import numpy as np
 from fastcore.basics import patch
 from .selectors import (GradientSimilarity, KCenter, Longest, Random, RHOLoss, Ring, RunningMean, Seen, Selector, SuRe,
                                   Uncertainty, nearest_distance, unit)
@@ -26,13 +26,13 @@ class SSIS(Selector):
         if self.weights.shape != (3,) or self.weights.min() < 0 or not self.weights.any(): raise ValueError(f'weights = {weights}: not three, none below 0, not all 0')
         super().__init__(fraction, sharpness, seed, scale)
         self.needs = tuple(k for k, w in zip(('nll', 'embedding', 'gradient'), self.weights) if w)
-        self.kept, self.fisher = Ring(window), RunningMean(decay)
+        self.kept, self.fisher, self.loss_term = Ring(window), RunningMean(decay), 0 if self.weights[0] else None
 
 # %% ../nbs/23_ssis.ipynb #896599ad
 @patch
-def trained(self:SSIS, gradient:torch.Tensor):
+def trained(self:SSIS, gradient:np.ndarray):
     "Update the running diagonal Fisher information"
-    if self.weights[2]: self.fisher.update((gradient.double()**2).mean(0))
+    if self.weights[2]: self.fisher.update((np.asarray(gradient, float)**2).mean(0))
 
 @patch
 def risk(self:SSIS,

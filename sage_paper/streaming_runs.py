@@ -86,9 +86,9 @@ def _train(lm, s, spec, train, order, curves):
     half = method in ('batch_50pct', 'streaming_coreset')
     n = round(len(train)*s.coreset_fraction) if half else len(train)
     selector = SSIS(s.coreset_fraction, s.ssis, s.sharpness, seed) if method == 'streaming_coreset' else None
-    trainer = Trainer(lm, spec['lr'], n*s.epochs, s.warmup, s.cooldown if streaming else 1 - s.warmup, selector)
+    trainer = Trainer(lm, spec['lr'], n*s.epochs, s.warmup, s.cooldown if streaming else 1 - s.warmup)
     if streaming:
-        train_stream(trainer, train, order, s.epochs, s.batch_size, ReservoirBuffer(s.buffer_size, seed), curves, selector)
+        train_stream(trainer, train, order, s.batch_size, ReservoirBuffer(s.buffer_size, seed), curves, selector, score_first=True)
     else:
         chosen = np.random.default_rng(seed).permutation(len(train))[:n]
         train_batch(trainer, [train[i] for i in chosen], s.batch_size, curves, seed)

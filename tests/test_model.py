@@ -1,14 +1,14 @@
 "The model: the loss sees the answer alone, grading means what writing would show, precision is as asked, training repeats"
 import dataclasses
 
-import pytest, torch
+import numpy as np, pytest, torch
 
 from sage_paper.calls import Sample, Tool, ToolCall, format_calls, name_end, parse_calls, tool_document
 from sage_paper.samples import arrivals
 from sage_paper.evaluation import generate, grade
 from sage_paper.streaming_runs import load_task
-from sage_paper.model import LM, computes_bf16, embed, encode, forward, load_lm, render, tiny_lm
-from sage_paper.replay import ReservoirBuffer
+from sage_paper.model import LM, check_head, collate, computes_bf16, embed, encode, forward, load_lm, render, tiny_lm
+from sage_paper.replay import ImportanceBuffer, ReservoirBuffer
 from sage_paper.ssis import SSIS
 from sage_paper.trainers import Curve, Trainer, train_batch, train_stream
 from sage_paper.queries import sageworld
@@ -141,8 +141,8 @@ def trained(streaming, seed=0):
     lm, task = tiny_lm(), load_task('sageworld', 6, 4, 1)
     train, test = encode(task.train, lm.tokenizer), encode(task.test, lm.tokenizer)
     selector = SSIS(0.5, (0.4, 0.3, 0.3), 1., seed) if streaming else None
-    curve, trainer = Curve(lambda: dict(nll=grade(lm, test).nll.tolist()), 3), Trainer(lm, 1e-3, 24, selector=selector)
-    if streaming: train_stream(trainer, train, arrivals(task, 0.5, seed), 2, 4, ReservoirBuffer(8, seed), [curve], selector)
+    curve, trainer = Curve(lambda: dict(nll=grade(lm, test).nll.tolist()), 3), Trainer(lm, 1e-3, 24)
+    if streaming: train_stream(trainer, train, arrivals(task, 0.5, seed), 4, ImportanceBuffer(8, seed=seed), [curve], selector)
     else: train_batch(trainer, train, 4, [curve], seed)
     points = [{k: v for k, v in p.items() if k != 'seconds'} for p in curve.points]
     return {k: v.clone() for k, v in lm.model.state_dict().items()}, points
@@ -153,3 +153,25 @@ def test_training_twice_gives_the_same_bits(streaming):
     (a, points), (b, again), (c, _) = trained(streaming), trained(streaming), trained(streaming, seed=1)
     assert points == again and points[0]['nll'] != points[-1]['nll']
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_a_gpus_shapes_change_nothing(monkeypatch):
+    "On a GPU batches come in few shapes, so both samples and answers are padded"
+    plain, plain_points = trained(True)
+    encoded = encode(SAMPLES, tiny_lm().tokenizer)
+    graded = grade(tiny_lm(), encoded)
+    monkeypatch.setattr(LM, 'collate', lambda lm, e: collate(e, lm.tokenizer.pad_token_id, lm.device, 32, 512))
+    check_head(tiny_lm())
+    padded, points = trained(True)
+    np.testing.assert_allclose(points[-1]['nll'], plain_points[-1]['nll'], rtol=1e-4)
+    np.testing.assert_allclose(grade(tiny_lm(), encoded).nll, graded.nll, rtol=1e-5)
+    assert all(torch.allclose(plain[k], padded[k], atol=1e-4) for k in plain)
+
+
+def test_a_step_with_weights_is_a_step_on_copies():
+    "A sample of weight 2 pulls as two copies do; what a step tells does not depend on the weights"
+    lm, other, encoded = tiny_lm(), tiny_lm(), encode(SAMPLES[:3], tiny_lm().tokenizer)
+    told = Trainer(lm, 1e-3, 100, warmup=0, max_norm=1e-2).step(encoded, [1, 2, 1])
+    copied = Trainer(other, 1e-3, 100, warmup=0, max_norm=1e-2).step([*encoded, encoded[1]])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(lm.model.parameters(), other.model.parameters()))
+    assert torch.allclose(told.gradient, copied.gradient[:3], atol=1e-5) and torch.allclose(told.nll, copied.nll[:3], atol=1e-5)

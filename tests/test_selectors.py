@@ -39,7 +39,7 @@ class Step:
         self.hidden, self.nll, self.row = torch.randn(2*n, D, generator=g), torch.zeros(n), torch.arange(2*n) % n
         self.hidden.grad = torch.randn(2*n, D, generator=g)
 
-def gradients(k): return gain_gradients_from_backward(Step(k), Step(k))
+def gradients(k): return gain_gradients_from_backward(Step(k), Step(k)).numpy()
 
 
 def fields(n, **odd): return Seen(**(dict(nll=np.ones(n), embedding=np.ones((n, D)), gradient=np.ones((n, D)), entropy=np.ones(n), margin=np.ones(n)/2, length=np.ones(n), irreducible=np.ones(n)) | odd))
