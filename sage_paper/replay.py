@@ -95,13 +95,10 @@ class Tree:
     ):
         rows = [-(-capacity//self.branching)]
         while rows[-1] > 1: rows.append(-(-rows[-1]//self.branching))
-        self.capacity, self.op, self.flat = capacity, op, np.full(sum(rows)*self.branching, float(empty))
+        self.capacity, self.op, self.nodes = capacity, op, np.full(sum(rows)*self.branching, float(empty))
         ends = np.cumsum([0, *rows])*self.branching
-        self.levels = [self.flat[i:j].reshape(-1, self.branching) for i, j in pairwise(ends)]
-        self.leaves = self.flat[:capacity]
-
-    @property
-    def top(self)->float: return self.op.reduce(self.levels[-1][0])
+        self.rows = [self.nodes[i:j].reshape(-1, self.branching) for i, j in pairwise(ends)]
+        self.leaves, self.stale, self.n_stale = self.nodes[:capacity], [], 0
 
 # %% ../nbs/24_replay.ipynb #636f409e
 @patch
@@ -109,19 +106,40 @@ def update(self:Tree,
     indices, # [n], int, in [0, capacity); of one that comes twice, the last value stays
     values,  # [n]
 ):
-    "Set leaves, and compute their ancestors anew"
-    indices = np.asarray(indices)
+    "Set leaves; their ancestors follow when they are next asked for"
+    indices = np.atleast_1d(indices)
     if indices.size and indices.min() < 0: raise IndexError(f'leaf {indices.min()}: leaves are counted from 0 to {self.capacity - 1}')
     self.leaves[indices] = values
-    for below, above in pairwise(self.levels):
+    self.stale.append(indices)
+    self.n_stale += len(indices)
+    if self.n_stale > 4096: self.settle()
+
+@patch
+def settle(self:Tree):
+    "Compute the ancestors of changed leaves anew"
+    if not self.stale: return
+    indices, self.stale, self.n_stale = np.concatenate(self.stale), [], 0
+    for below, above in pairwise(self.rows):
         indices = indices//self.branching
         above.reshape(-1)[indices] = self.op.reduce(below.take(indices, 0), -1)
 
+# %% ../nbs/24_replay.ipynb #22ee8c3a
 @patch
 def fill(self:Tree, values): # [n], n <= capacity
     "Set the first n leaves, and compute all nodes anew"
-    self.leaves[:len(values)] = values
-    for below, above in pairwise(self.levels): above.reshape(-1)[:len(below)] = self.op.reduce(below, -1)
+    self.leaves[:len(values)], self.stale, self.n_stale = values, [], 0
+    for below, above in pairwise(self.rows): above.reshape(-1)[:len(below)] = self.op.reduce(below, -1)
+
+@patch(as_prop=True)
+def levels(self:Tree)->list: # of [rows, branching], leaves first
+    "All nodes, up to date"
+    self.settle()
+    return self.rows
+
+@patch(as_prop=True)
+def top(self:Tree)->float:
+    "`op` over all leaves"
+    return self.op.reduce(self.levels[-1][0])
 
 # %% ../nbs/24_replay.ipynb #8e39dae6
 class SumTree(Tree):

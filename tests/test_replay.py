@@ -35,7 +35,7 @@ def test_sums_are_exact_after_a_million_mixed_updates():
     check(tree)
     assert tree.total == pytest.approx(leaves.sum(), rel=1e-14)
     tree.update(np.arange(len(leaves)), 0.)
-    assert not tree.flat.any()   # differences would have left a remainder
+    assert not any(level.any() for level in tree.levels)   # differences would have left a remainder
 
 
 @given(st.integers(1, 700), st.lists(st.tuples(st.integers(0, 699), st.floats(-1e6, 1e6)), max_size=40))
@@ -76,7 +76,7 @@ def test_errors_of_the_tree():
     for i in (-1, 50, [3, 50], [-1, 3]):
         tree = SumTree(50)
         with pytest.raises(IndexError, match='from 0 to 49|out of bounds'): tree.update(i, 1.)
-        assert not tree.flat.any()
+        assert not any(level.any() for level in tree.levels)
     for value in (0., np.nan, np.inf):
         tree = SumTree(50)
         tree.update(3, value)
@@ -294,7 +294,8 @@ def test_a_restored_twin_goes_on_identically(kind, capacity, n, seed):
             each.extend([i, i], [2, 3])
     assert repr(b.state_dict()) == repr(twin.state_dict())
     if kind is ImportanceBuffer:
-        for name in ('priorities', 'least', 'largest', 'keys'): np.testing.assert_array_equal(getattr(b, name).flat, getattr(twin, name).flat)
+        for name in ('priorities', 'least', 'largest', 'keys'): 
+            for one, other in zip(getattr(b, name).levels, getattr(twin, name).levels): np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize('kind', KINDS)
