@@ -8,6 +8,7 @@ from sage_paper.config import load_settings
 from sage_paper.streaming_runs import STREAMING_METHODS, STREAMING_VERSION, streaming_specs, tuned_rates, tuning_specs
 from sage_paper.records import read_record, record_key, runs_dir
 from sage_paper.report import Artefacts, ReportError, check_complete, check_manifest
+from sage_paper.efficiency_report import check_efficiency
 from sage_paper.streaming_report import write_streaming
 
 PAPER = load_settings('streaming', 'paper', ROOT/'settings.ini')
@@ -128,3 +129,8 @@ def test_another_profile_does_not_touch_the_paper(tmp_path):
 def test_the_readme_says_what_the_paper_says():
     numbers = dict(re.findall(r'\\newcommand\{\\(\w+)\}\{(.*)\}', (ROOT/'tables/streaming_numbers.tex').read_text()))
     assert f'{numbers["StreamingFullAccuracy"]}% against {numbers["BatchFullAccuracy"]}%' in (ROOT/'README.md').read_text()
+
+
+def test_what_was_timed_is_what_the_settings_ask_for():
+    s = load_settings('efficiency', 'paper', ROOT/'settings.ini')
+    check_efficiency(committed('efficiency'), s)
