@@ -198,7 +198,10 @@ class Stream:
         trainer:Trainer, buffer:Buffer,
         selector:Selector=None, # None: everything is remembered, all of it alike
         score_first=False,      # whether only what the selector keeps is trained on
-    ): self.trainer, self.buffer, self.selector, self.score_first, self.open = trainer, buffer, selector, score_first, None
+        irreducible=None,       # `Encoded` → nats, for RHO-LOSS
+    ):
+        self.trainer, self.buffer, self.selector = trainer, buffer, selector
+        self.score_first, self.irreducible, self.open = score_first, irreducible, None
 
 # %% ../nbs/25_trainers.ipynb #1bac6eae
 @patch
@@ -208,7 +211,7 @@ def feed(self:Stream,
 ):
     "One step, then what the step before it has told"
     terms, spent, total = None, self.trainer.budget.samples, self.trainer.total
-    if self.score_first and self.selector and new: new, terms = sift(self.trainer, self.selector, new)
+    if self.score_first and self.selector and new: new, terms = sift(self.trainer, self.selector, new, self.irreducible)
     new, terms = new[:total - spent], None if terms is None else terms[:, :total - spent]
     draw, told = self.buffer.draw(max(0, n - len(new)), min(1., spent/total)), None
     if batch := [*new, *(k.encoded for k in draw.items)]:
@@ -258,12 +261,13 @@ def _judge(self:Stream, new, learnt):
 def sift(
     trainer:Trainer, selector:Selector,
     new:list, # of `Encoded`, just arrived
+    irreducible=None, # `Encoded` → nats
 )->tuple: # (list of those that the selector keeps, their terms [n_terms, n])
     "Score samples if the selector needs that, write its cost into the ledger, keep the important ones"
     if not selector.scores: mask, terms = selector.judge(Seen(np.zeros(len(new))))
     else:
         batch, s = trainer.lm.collate(new), trainer.shape
-        mask, terms = selector.judge(see(trainer.lm, batch, selector.needs))
+        mask, terms = selector.judge(see(trainer.lm, batch, selector.needs, irreducible and np.array([irreducible[e] for e in new])))
         trainer.budget.scored_samples += len(new)
         trainer.budget.scored_tokens += batch.n_tokens
         gradient = 2*s.hidden*s.vocabulary*sum(e.n_answer for e in new)*('gradient' in selector.needs)   # the product in `gain_gradients`
@@ -276,10 +280,10 @@ def train_stream(
     encoded:list,    # of `Encoded`
     order:list,      # indices into `encoded`, as they arrive
     batch_size:int, buffer:Buffer, curves:list, # of `Curve`
-    selector:Selector=None, score_first=False, # as for `Stream`
+    selector:Selector=None, score_first=False, irreducible=None, # as for `Stream`
 ):
     "Every sample arrives once; steps train on what arrives and on replay until the trainer's total is reached"
-    total, n, stream = trainer.total, len(order), Stream(trainer, buffer, selector, score_first)
+    total, n, stream = trainer.total, len(order), Stream(trainer, buffer, selector, score_first, irreducible)
     if total < n and not (selector and score_first): raise ValueError(f'a budget of {total} samples for {n} that arrive: they have to be scored first')
     size = max(1, round(batch_size*n/total))
     with trainer.watch:
