@@ -747,6 +747,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sage_paper.selectors._nearest': ('selectors.html#_nearest', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors._restored': ('selectors.html#_restored', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors._saved': ('selectors.html#_saved', 'sage_paper/selectors.py'),
+                                      'sage_paper.selectors._scoring': ('selectors.html#_scoring', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors.gain_gradients': ('selectors.html#gain_gradients', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors.gain_gradients_from_backward': ( 'selectors.html#gain_gradients_from_backward',
                                                                                              'sage_paper/selectors.py'),

@@ -10,6 +10,7 @@ __all__ = ['FIELDS', 'SCALES', 'Seen', 'token_entropy', 'token_margin', 'gain_gr
 
 # %% ../nbs/22_selectors.ipynb #97d34bd7
 from dataclasses import dataclass
+from functools import cache
 import numpy as np, torch
 from fastcore.basics import patch
 from .model import LM, Batch, Forward, forward, mean_by_row, sum_by_row
@@ -67,20 +68,27 @@ def gain_gradients_from_backward(
 # %% ../nbs/22_selectors.ipynb #3ce14e53
 FIELDS = ('nll', 'embedding', 'entropy', 'margin', 'length', 'gradient')
 
-@torch.no_grad()
+@cache
+def _scoring(fields):
+    "The function of a model and a batch that computes some fields of `Seen`"
+    @torch.no_grad()
+    def score(lm, batch):
+        n, f = len(batch.input_ids), forward(lm, batch) if {*fields} - {'length'} else None
+        p = f.logits.softmax(-1) if {*fields} & {'entropy', 'margin', 'gradient'} else None
+        def mean(x): return mean_by_row(x, batch.row, n)
+        make = dict(nll=lambda: f.nll, embedding=lambda: f.embedding, entropy=lambda: mean(token_entropy(batch, f, p)), margin=lambda: mean(token_margin(p)),
+                    length=lambda: sum_by_row(torch.ones_like(batch.row), batch.row, n), gradient=lambda: gain_gradients(lm, batch, f, p))   # the last, it overwrites p
+        return tuple(make[k]().float() for k in fields)
+    return score
+
 def see(
     lm:LM, batch:Batch,
     needs=FIELDS,     # fields of `Seen` to fill
     irreducible=None, # [B], nats, handed on
 )->Seen:
     "Score a batch: one forward pass, no training"
-    n, needs = len(batch.input_ids), {*needs}
-    f = forward(lm, batch) if needs & {*FIELDS} - {'length'} else None
-    p = f.logits.softmax(-1) if needs & {'entropy', 'margin', 'gradient'} else None
-    def mean(x): return mean_by_row(x, batch.row, n)
-    make = dict(nll=lambda: f.nll, embedding=lambda: f.embedding, entropy=lambda: mean(token_entropy(batch, f, p)), margin=lambda: mean(token_margin(p)),
-                length=lambda: sum_by_row(torch.ones_like(batch.row), batch.row, n), gradient=lambda: gain_gradients(lm, batch, f, p))   # the last, it overwrites p
-    return Seen(**{k: make[k]().float().cpu().numpy() for k in FIELDS if k in needs}, irreducible=irreducible)
+    fields = tuple(k for k in FIELDS if k in {*needs})
+    return Seen(**{k: x.cpu().numpy() for k, x in zip(fields, lm.play(_scoring(fields), batch))}, irreducible=irreducible)
 
 # %% ../nbs/22_selectors.ipynb #1c99b1eb
 def _saved(v):
