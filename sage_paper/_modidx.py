@@ -531,6 +531,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sage_paper.replay.Tree.__init__': ('replay.html#tree.__init__', 'sage_paper/replay.py'),
                                    'sage_paper.replay.Tree.fill': ('replay.html#tree.fill', 'sage_paper/replay.py'),
                                    'sage_paper.replay.Tree.levels': ('replay.html#tree.levels', 'sage_paper/replay.py'),
+                                   'sage_paper.replay.Tree.rebuild': ('replay.html#tree.rebuild', 'sage_paper/replay.py'),
                                    'sage_paper.replay.Tree.settle': ('replay.html#tree.settle', 'sage_paper/replay.py'),
                                    'sage_paper.replay.Tree.top': ('replay.html#tree.top', 'sage_paper/replay.py'),
                                    'sage_paper.replay.Tree.update': ('replay.html#tree.update', 'sage_paper/replay.py'),

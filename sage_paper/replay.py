@@ -85,8 +85,8 @@ class FIFOBuffer(Buffer):
 
 # %% ../nbs/24_replay.ipynb #9ddf254b
 class Tree:
-    "Leaves, and above them nodes that hold `op` over their children, level by level in one flat array"
-    branching = 16
+    "Leaves, and above them nodes that hold `op` over their children, level by level in one flat array, up to a level that is read as a whole"
+    branching, top_rows = 16, 256
 
     def __init__(self,
         capacity:int, # leaves
@@ -94,7 +94,7 @@ class Tree:
         empty:float,  # a leaf's value before its first update, neutral for `op`
     ):
         rows = [-(-capacity//self.branching)]
-        while rows[-1] > 1: rows.append(-(-rows[-1]//self.branching))
+        while rows[-1] > self.top_rows: rows.append(-(-rows[-1]//self.branching))
         self.capacity, self.op, self.nodes = capacity, op, np.full(sum(rows)*self.branching, float(empty))
         ends = np.cumsum([0, *rows])*self.branching
         self.rows = [self.nodes[i:j].reshape(-1, self.branching) for i, j in pairwise(ends)]
@@ -112,7 +112,7 @@ def update(self:Tree,
     self.leaves[indices] = values
     self.stale.append(indices)
     self.n_stale += len(indices)
-    if self.n_stale > 4096: self.settle()
+    if self.n_stale > len(self.rows[0]): self.rebuild()   # cheaper by then than one by one
 
 @patch
 def settle(self:Tree):
@@ -125,10 +125,16 @@ def settle(self:Tree):
 
 # %% ../nbs/24_replay.ipynb #22ee8c3a
 @patch
-def fill(self:Tree, values): # [n], n <= capacity
-    "Set the first n leaves, and compute all nodes anew"
-    self.leaves[:len(values)], self.stale, self.n_stale = values, [], 0
+def rebuild(self:Tree):
+    "Compute all nodes anew"
+    self.stale, self.n_stale = [], 0
     for below, above in pairwise(self.rows): above.reshape(-1)[:len(below)] = self.op.reduce(below, -1)
+
+@patch
+def fill(self:Tree, values): # [n], n <= capacity
+    "Set the first n leaves"
+    self.leaves[:len(values)] = values
+    self.rebuild()
 
 @patch(as_prop=True)
 def levels(self:Tree)->list: # of [rows, branching], leaves first
@@ -139,7 +145,7 @@ def levels(self:Tree)->list: # of [rows, branching], leaves first
 @patch(as_prop=True)
 def top(self:Tree)->float:
     "`op` over all leaves"
-    return self.op.reduce(self.levels[-1][0])
+    return self.op.reduce(self.levels[-1].reshape(-1))
 
 # %% ../nbs/24_replay.ipynb #8e39dae6
 class SumTree(Tree):
@@ -153,9 +159,14 @@ class SumTree(Tree):
         targets, # [n], in [0, total)
     )->np.ndarray: # [n], int
         "The leaves in which targets fall if all values are laid end to end"
-        if not 0 < self.total < np.inf: raise ValueError(f'total = {self.total}: nothing can be found where it is not a number above 0')
-        row, node, before = np.arange(len(targets)), np.zeros(len(targets), int), np.zeros((len(targets), self.branching + 1))
-        for level in reversed(self.levels):
+        *lower, top = self.levels
+        cumulative = np.add.accumulate(top.reshape(-1))
+        if not 0 < cumulative[-1] < np.inf: raise ValueError(f'total = {cumulative[-1]}: nothing can be found where it is not a number above 0')
+        targets = np.minimum(targets, np.nextafter(cumulative[-1], 0))
+        node = cumulative.searchsorted(targets, 'right')
+        targets = targets - np.append(cumulative, 0.)[node - 1]   # nothing lies before the first
+        row, before = np.arange(len(targets)), np.zeros((len(targets), self.branching + 1))
+        for level in reversed(lower):
             np.add.accumulate(level.take(node, 0), 1, out=before[:, 1:])
             targets = np.minimum(targets, np.nextafter(before[:, -1], 0))
             child = (before[:, 1:] > targets[:, None]).argmax(1)
@@ -167,8 +178,9 @@ class SumTree(Tree):
 @patch
 def where(self:Tree)->int:
     "The first leaf whose value is the top's, where `op` is the least or the largest"
-    node, top = 0, self.top
-    for level in reversed(self.levels): node = node*self.branching + int((level[node] == top).argmax())
+    (*lower, top), value = self.levels, self.top
+    node = int((top.reshape(-1) == value).argmax())
+    for level in reversed(lower): node = node*self.branching + int((level[node] == value).argmax())
     return node
 
 # %% ../nbs/24_replay.ipynb #9926e57b
