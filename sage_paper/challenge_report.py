@@ -12,9 +12,9 @@ from itertools import groupby
 import numpy as np, pandas as pd
 from .challenge_runs import METHODS, REGIMES, challenge_specs
 from .config import Challenges, load_settings
-from .records import best_rates, canonical, unbits
+from .records import best_rates, unbits
 from .samples import CHALLENGES
-from .report import Artefacts, ReportError, macro_name, macros, percent
+from .report import Artefacts, ReportError, check_runs, latex_difference, macro_name, macros, percent
 from .statistics import clustered_ratio, holm, paired_bootstrap
 
 # %% ../nbs/35_challenge_report.ipynb #5b768f92
@@ -171,10 +171,7 @@ def check_challenges(
     records, s:Challenges,
 ):
     "Raises `ReportError` unless there is exactly one record for each run that the settings ask for"
-    have, wanted = [canonical(r['spec']) for r in records], [canonical(x) for x in challenge_specs(s)]
-    if len(have) != len(set(have)): raise ReportError('two records of the same run')
-    if missing := set(wanted) - set(have): raise ReportError(f'{len(missing)} of {len(wanted)} runs have no record')
-    if extra := set(have) - set(wanted): raise ReportError(f'{len(extra)} records were not asked for')
+    check_runs(records, challenge_specs(s))
 
 # %% ../nbs/35_challenge_report.ipynb #6bb6a00f
 def challenge_numbers(
@@ -186,7 +183,7 @@ def challenge_numbers(
     name = lambda part: ''.join(w.capitalize() for w in part.replace('/', '-').split('-'))
     for r in frame.itertuples(): out[macro_name(f'{r.regime}_{r.method}') + name(r.part) + macro_name(r.measure.replace('f1', 'f'))] = percent(r.value)
     for d in challenge_differences(records).itertuples():
-        if d.method == 'sft': out[macro_name(f'gain_{d.regime}') + name(d.part)] = '${:+.1f}$ [${:.1f}$, ${:.1f}$]'.format(100*d.difference, 100*d.low, 100*d.high)
+        if d.method == 'sft': out[macro_name(f'gain_{d.regime}') + name(d.part)] = latex_difference(d.difference, d.low, d.high)
     for r in records:
         if r['spec']['regime'] == 'candidates':
             out |= {f'Recall{name(k)}': percent(p['candidate_recall']) for k, p in r['result']['parts'].items() if 'candidate_recall' in p}

@@ -10,8 +10,7 @@ __all__ = ['RIVALS', 'OURS', 'DIGITS', 'check_efficiency', 'efficiency_frame', '
 import numpy as np, pandas as pd
 from .config import Efficiency, load_settings
 from .efficiency_runs import efficiency_specs
-from .records import canonical
-from .report import Artefacts, Look, ReportError, figure_bytes, macro_name, macros, paper_style
+from .report import Artefacts, Look, ReportError, check_runs, figure_bytes, macro_name, macros, paper_style, plus_minus
 from .statistics import t_interval
 
 # %% ../nbs/37_efficiency_report.ipynb #b184ad7b
@@ -19,8 +18,7 @@ def check_efficiency(
     records, s:Efficiency,
 ):
     "Raises `ReportError` unless there is exactly one record for each run that the settings ask for, each part's from one kind of device"
-    have, wanted = sorted(canonical(r['spec']) for r in records), sorted(map(canonical, efficiency_specs(s)))
-    if have != wanted: raise ReportError(f'{len({*wanted} - {*have})} of {len(wanted)} runs have no record, {len(have) - len({*have} & {*wanted})} records were not asked for')
+    check_runs(records, efficiency_specs(s))
     for part in s.parts:
         devices = {r['environment']['device'] for r in records if r['spec']['part'] == part}
         if len(devices) > 1: raise ReportError(f'{part} was timed on different devices: {sorted(devices)}')
@@ -83,8 +81,6 @@ def ratios(
     return {v: t_interval(wide[v]/wide[to or OURS[part]]) for v in dict.fromkeys(f.variant)}
 
 # %% ../nbs/37_efficiency_report.ipynb #6e6460d7
-def _pm(mean, half, digits): return f'{mean:,.{digits}f}' + (f'\\,{{\\scriptsize$\\pm${half:,.{digits}f}}}' if np.isfinite(half) else '')
-
 def efficiency_rows(
     frame:pd.DataFrame, s:Efficiency,
 )->list: # of (heading of the part, rows of LaTeX cells)
@@ -93,9 +89,9 @@ def efficiency_rows(
                  pool=f'{s.pool_chosen:,} of {s.pool_size:,} vectors of {s.pool_dimensions}, s', stream='a sample of a stream, SSIS and buffer, $\\mu$s')
     def rows(part):
         t = intervals(frame, part)
-        if part == 'stream': return [[f'{n:,} samples', _pm(*r, DIGITS[part]), f'{r["mean"]/t["mean"].iloc[0]:.2f}'] for (_, n), r in t.iterrows()]
+        if part == 'stream': return [[f'{n:,} samples', plus_minus(*r, DIGITS[part]), f'{r["mean"]/t["mean"].iloc[0]:.2f}'] for (_, n), r in t.iterrows()]
         x, largest = ratios(frame, part), t[t.index.get_level_values(1) == t.index.get_level_values(1).max()]
-        return [[RIVALS[v].label, _pm(*r, DIGITS[part]), '1' if v == OURS[part] else _pm(*x[v], 2)] for (v, _), r in largest.iterrows()]
+        return [[RIVALS[v].label, plus_minus(*r, DIGITS[part]), '1' if v == OURS[part] else plus_minus(*x[v], 2)] for (v, _), r in largest.iterrows()]
     return [(heads[p], rows(p)) for p in s.parts]
 
 # %% ../nbs/37_efficiency_report.ipynb #8d212283
