@@ -43,15 +43,16 @@ def _held_out(n:int, seed:int)->np.ndarray: # [n] bool
     "A fifth of a stream"
     return np.random.default_rng([seed, 5]).permutation(n) % 5 == 0
 
-def _irreducible(s, seed, encoded, held, make_lm):
+def _irreducible(s, seed, lm, encoded, held):
     "Losses of a model trained on the samples held out, and what it cost"
     from sage_paper.evaluation import grade
     from sage_paper.model import forward_flops
     from sage_paper.trainers import Trainer, train_batch
-    lm, aside = make_lm(), [e for e, h in zip(encoded, held) if h]
+    aside = [e for e, h in zip(encoded, held) if h]
     trainer = Trainer(lm, s.lr, len(aside)*s.epochs, s.warmup, 1 - s.warmup)
     train_batch(trainer, aside, s.batch_size, [], seed)
     return dict(zip(encoded, grade(lm, encoded, s.eval_batch_size).nll.tolist())), trainer.budget.flops + forward_flops(trainer.shape, encoded)
+
 
 # %% ../nbs/38_coreset_runs.ipynb #303207b3
 def make_selector(
@@ -67,21 +68,23 @@ def make_selector(
 
 # %% ../nbs/38_coreset_runs.ipynb #c56a97f7
 def train_coreset(
-    s, spec:dict, lm, encoded, order, curves, make_lm,
-): # (the trainer; what was spent before it, operations)
-    "One selector's stream"
+    s, spec:dict, lm, encoded, order, curves,
+    irreducible=None, # `Encoded` → nats, and no others arrive
+): # the trainer
+    "One selector's stream, on as many tokens as `epochs` passes over a random part have"
     from sage_paper.replay import ReservoirBuffer
     from sage_paper.trainers import Trainer, train_stream
-    name, fraction, seed = spec['selector'], spec['fraction'], spec['seed']
-    total, known, before = round(fraction*len(order))*s.epochs, None, 0
-    if name == 'rho_loss':
-        held = _held_out(len(encoded), seed)
-        known, before = _irreducible(s, seed, encoded, held, make_lm)
-        order, fraction = [i for i in order if not held[i]], fraction*len(order)/(~held).sum()
-    trainer = Trainer(lm, s.lr, total, s.warmup, s.cooldown)
-    selector = make_selector(s, name, min(1., fraction), seed)
-    train_stream(trainer, encoded, order, s.batch_size, ReservoirBuffer(s.buffer_size, seed), curves, selector, score_first=True, irreducible=known)
-    return trainer, before
+    fraction, seed = spec['fraction'], spec['seed']
+    total = round(fraction*s.epochs*sum(len(encoded[i].ids) for i in order))
+    trainer = Trainer(lm, s.lr, total, s.warmup, s.cooldown, unit='tokens')
+    if irreducible is not None:
+        kept = fraction*len(order)
+        order = [i for i in order if encoded[i] in irreducible]
+        fraction = min(1., kept/len(order))
+    selector = make_selector(s, spec['selector'], fraction, seed)
+    train_stream(trainer, encoded, order, s.batch_size, ReservoirBuffer(s.buffer_size, seed), curves, selector, score_first=True, irreducible=irreducible)
+    return trainer
+
 
 # %% ../nbs/38_coreset_runs.ipynb #233312eb
 def run_coreset(
@@ -90,19 +93,23 @@ def run_coreset(
     "Train and evaluate with one selector, one part, one seed"
     import torch
     from sage_paper.evaluation import grade
-    from sage_paper.model import encode, load_lm
+    from sage_paper.model import encode, fresh_lm
     from sage_paper.trainers import Curve
-    s = SimpleNamespace(**spec)
-    torch.manual_seed(spec['seed'])
-    task, make_lm = coreset_task(s.stream, s, spec['split']), lambda: load_lm(s.model, s.precision)
-    lm = make_lm()
+    s, seed, known, before = SimpleNamespace(**spec), spec['seed'], None, 0
+    torch.manual_seed(seed)
+    task, lm = coreset_task(s.stream, s, spec['split']), fresh_lm(s.model, s.precision)
     train, test = encode(task.train, lm.tokenizer), encode(task.test, lm.tokenizer)
+    if spec['selector'] == 'rho_loss':
+        held = _held_out(len(train), seed)
+        losses, before = _irreducible(s, seed, lm, train, held)
+        known, lm = {e: losses[e] for e, h in zip(train, held) if not h}, fresh_lm(s.model, s.precision)
     def accuracy(): return dict(accuracy=float(grade(lm, test, s.eval_batch_size).name.mean()))
     curve = Curve(accuracy, s.n_evaluations)
-    trainer, before = train_coreset(s, spec, lm, train, arrival_order(task, s.stream, s.spread, spec['seed']), [curve], make_lm)
+    trainer = train_coreset(s, spec, lm, train, arrival_order(task, s.stream, s.spread, seed), [curve], known)
     trainer.budget.seconds, final = trainer.watch.seconds, grade(lm, test, s.eval_batch_size)
     return dict(budget=dataclasses.asdict(trainer.budget) | dict(flops_before=before), curve=curve.points, n_train=len(train),
                 nll=float(final.nll.mean()), items=dict(id=[x.id for x in task.test], cluster=[' '.join(sorted(x.tool_ids)) for x in task.test], name=bits(final.name), exact=bits(final.exact)))
+
 
 # %% ../nbs/38_coreset_runs.ipynb #956a87b8
 def coreset_spec(
@@ -112,7 +119,8 @@ def coreset_spec(
 )->dict:
     "The description of one run"
     data = DATASETS['metatool'].digest if stream == 'metatool' else task_digest(stream, s.n_tools, s.train_per_tool, s.test_per_tool, split)
-    return run_settings(s, ('streams', 'selectors', 'fractions', 'lr')) | dict(
+    own = () if selector == 'ssis' else ('ssis', 'sharpness')   # so that a change of them concerns no other run
+    return run_settings(s, ('streams', 'selectors', 'fractions', 'lr', *own)) | dict(
         stream=stream, selector=selector, fraction=fraction, seed=seed, lr=lr or s.lr, split=split, data=data, weights=model_digest(s.model))
 
 def coreset_specs(

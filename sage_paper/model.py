@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CHATML', 'SYSTEM', 'SYSTEM_TOOLS', 'no_progress', 'weights_dir', 'default_device', 'computes_bf16', 'byte_tokenizer',
            'tiny_lm', 'instruction', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward', 'sum_by_row',
-           'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'embed', 'Shape', 'shape',
-           'forward_flops']
+           'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'fresh_lm', 'embed',
+           'Shape', 'shape', 'forward_flops']
 
 # %% ../nbs/20_model.ipynb #053282f2
-import io, os, tempfile, warnings
+import gc, io, os, tempfile, warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -301,6 +302,21 @@ def load_lm(
     if lm.tokenizer.pad_token_id is None: lm.tokenizer.pad_token = lm.tokenizer.eos_token
     check_head(lm)
     return lm
+
+# %% ../nbs/20_model.ipynb #a7d2c769
+@cache
+def _kept(model, precision): return load_lm(model, precision)
+
+def fresh_lm(
+    model:str, precision='auto', # as for `load_lm`
+)->LM:
+    "As `load_lm`, but a process has only one of them: each call lays the weights anew, and what was compiled and captured stays"
+    gc.collect()   # the optimizers of earlier runs
+    lm = _kept(model, precision)
+    lm.model.load_state_dict(load_lm(model, precision, 'cpu').model.state_dict())
+    lm.model.zero_grad()
+    return lm
+
 
 # %% ../nbs/20_model.ipynb #fa91207b
 @torch.no_grad()

@@ -66,11 +66,13 @@ class Trainer:
     "A model, its optimizer and what they have spent; each call of `step` trains on one batch"
     def __init__(self,
         lm:LM, lr:float,
-        total:int,      # samples the run will train on, repeats counted
+        total:int,      # what the run will train on, repeats counted
         warmup=0.05, cooldown=0.2, # parts of the run, see `trapezoid`
         weight_decay=0.01, max_norm=1.,
+        unit='samples', # of the total; or 'tokens'
     ):
-        self.lm, self.lr, self.total, self.max_norm = lm, lr, total, max_norm
+        if unit not in ('samples', 'tokens'): raise ValueError(f'unit = {unit!r}: known are samples, tokens')
+        self.lm, self.lr, self.total, self.unit, self.max_norm = lm, lr, total, unit, max_norm
         self.warmup, self.cooldown = warmup, cooldown
         self.shape, self.budget, self.watch = shape(lm), Budget(), Stopwatch(lm.device)
         lm.model.eval()   # no dropout: a seed decides on data alone
@@ -78,6 +80,28 @@ class Trainer:
         self.rate = torch.tensor(lr, device=lm.device)   # a tensor, since a graph would keep a number
         self.opt = torch.optim.AdamW(lm.model.parameters(), lr=self.rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
         self.learn = Captured(self._learn, lm.device, lm.memory)
+
+# %% ../nbs/25_trainers.ipynb #e0579c86
+@patch(as_prop=True)
+def spent(self:Trainer)->int:
+    "Trained on so far, in the total's unit"
+    return getattr(self.budget, self.unit)
+
+@patch(as_prop=True)
+def left(self:Trainer)->int:
+    "What the total still has room for, in its unit"
+    return self.total - self.spent
+
+@patch
+def sizes(self:Trainer, encoded)->np.ndarray: # [n], in the total's unit
+    "What training on each sample takes of the total"
+    return np.array([len(e.ids) if self.unit == 'tokens' else 1 for e in encoded], int)
+
+@patch
+def fitting(self:Trainer, encoded)->int:
+    "How many samples, from the first on, the total has room for"
+    return int(np.searchsorted(np.cumsum(self.sizes(encoded)), self.left, 'right'))
+
 
 # %% ../nbs/25_trainers.ipynb #4b1537aa
 @patch
@@ -106,7 +130,7 @@ def step(self:Trainer,
 )->Learnt:
     "Train on a batch"
     # the middle of the step, so that neither the first nor the last one has a rate of 0
-    progress = (self.budget.samples + len(encoded)/2)/self.total
+    progress = (self.spent + self.sizes(encoded).sum()/2)/self.total
     self.rate.fill_(self.lr*trapezoid(progress, self.warmup, self.cooldown))
     batch = self.lm.collate(encoded)
     weights = torch.ones(len(encoded)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
@@ -129,7 +153,7 @@ class Curve:
         arrived:int, # samples of the stream that have arrived
     ):
         "Evaluate if the next point is reached"
-        done = trainer.budget.samples*self.n/trainer.total
+        done = trainer.spent*self.n/trainer.total
         if done < self.due: return
         self.due = int(done) + 1
         with trainer.watch.paused():
@@ -166,9 +190,9 @@ def train_batch(
     lengths = [len(e.ids) for e in encoded]
     with trainer.watch:
         for c in curves: c.update(trainer, 0)
-        while (left := trainer.total - trainer.budget.samples) > 0:
+        while trainer.left > 0:
             while len(queue) < batch_size: queue.extend(alike(rng.permutation(len(encoded)), lengths, batch_size, window, rng))
-            trainer.step([encoded[queue.popleft()] for _ in range(min(batch_size, left))])
+            trainer.step([encoded[queue.popleft()] for _ in range(min(batch_size, trainer.left))])
             for c in curves: c.update(trainer, len(encoded))
 
 # %% ../nbs/25_trainers.ipynb #7edd8adc
@@ -210,10 +234,10 @@ def feed(self:Stream,
     n:int,    # samples to train on, those of `new` that are trained on included
 ):
     "One step, then what the step before it has told"
-    terms, spent, total = None, self.trainer.budget.samples, self.trainer.total
+    terms, progress = None, self.trainer.spent/self.trainer.total
     if self.score_first and self.selector and new: new, terms = sift(self.trainer, self.selector, new, self.irreducible)
-    new, terms = new[:total - spent], None if terms is None else terms[:, :total - spent]
-    draw, told = self.buffer.draw(max(0, n - len(new)), min(1., spent/total)), None
+    new, terms = new[:(fit := self.trainer.fitting(new))], None if terms is None else terms[:, :fit]
+    draw, told = self.buffer.draw(max(0, n - len(new)), min(1., progress)), None
     if batch := [*new, *(k.encoded for k in draw.items)]:
         told = Later(self.trainer.step(batch, np.r_[np.ones(len(new)), draw.weights]))
     before, self.open = self.open, (new, terms, draw, told)
@@ -284,17 +308,19 @@ def train_stream(
 ):
     "Every sample arrives once; steps train on what arrives and on replay until the trainer's total is reached"
     total, n, stream = trainer.total, len(order), Stream(trainer, buffer, selector, score_first, irreducible)
-    if total < n and not (selector and score_first): raise ValueError(f'a budget of {total} samples for {n} that arrive: they have to be scored first')
-    size = max(1, round(batch_size*n/total))
+    each = trainer.sizes([encoded[i] for i in order]).mean()
+    if total < n*each and not (selector and score_first): raise ValueError(f'a budget of {total} {trainer.unit} for {round(n*each)} that arrive: they have to be scored first')
+    size = max(1, round(batch_size*n*each/total))
     with trainer.watch:
         for c in curves: c.update(trainer, 0)
         for start in range(0, n, size):
             arrived = min(start + size, n)
-            due = min(total*arrived/n, trainer.budget.samples + batch_size, total) - trainer.budget.samples
-            stream.feed([encoded[i] for i in order[start:arrived]], round(due))
+            due = min(total*arrived/n, trainer.spent + batch_size*each, total) - trainer.spent
+            stream.feed([encoded[i] for i in order[start:arrived]], max(0, round(due/each)))
             for c in curves: c.update(trainer, arrived)
-        while (left := total - trainer.budget.samples) > 0:
+        while (left := round(trainer.left/each)) > 0:
             stream.feed([], min(batch_size, left))
-            if not stream.moving: raise ValueError(f'nothing was kept, so nothing can be replayed: {left} of {total} samples are left')
+            if not stream.moving: raise ValueError(f'nothing was kept, so nothing can be replayed: {trainer.left} of {total} {trainer.unit} are left')
             for c in curves: c.update(trainer, n)
         stream.finish()
+
