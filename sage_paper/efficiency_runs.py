@@ -239,6 +239,16 @@ def _round(step, batches, device):
     for b in batches[1:]: step(b)
     return (_now(device) - start)/(len(batches) - 1)
 
+def _peak(f, device):
+    "Bytes that a call takes beyond what was taken before; None but on a GPU"
+    if device.type != 'cuda':
+        f()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return torch.cuda.max_memory_allocated() - before
+
 def product_rate(
     device, bf16:bool, n=4096,
 )->float: # operations a second
@@ -262,16 +272,12 @@ def time_steps(
     loops = dict(plain=PlainLoop(lm, 1e-4), streaming=streaming_step(lms['streaming'], False, 1e-4), streaming_ssis=streaming_step(lms['streaming_ssis'], True, 1e-4))
     rounds = {name: (lambda f=f, lm=lms[name]: _round(f, batches, lm.device)) for name, f in loops.items()}
     if 'sft' in lms: rounds['sft'] = lambda loop=SFTLoop(lms['sft'], 1e-4): loop.round(batches)
-    for r in rounds.values(): r()   # warm-up: caches, graphs, compiled layers
-    seconds, peak = {name: [] for name in rounds}, {}
+    peak = {name: _peak(r, lm.device) for name, r in rounds.items()}   # warm-up: optimizers, caches, graphs, compiled layers
+    seconds = {name: [] for name in rounds}
     for _ in range(s.step_rounds):
-        for name, r in rounds.items():
-            if lm.device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if lm.device.type == 'cuda' else None
-            seconds[name].append(r())
-            if before is not None: peak[name] = torch.cuda.max_memory_allocated() - before
+        for name, r in rounds.items(): seconds[name].append(r())
     flops = 3*forward_flops(shape(lm), batches[0])
-    return dict(rows=[dict(variant=name, seconds=t, peak_bytes=peak.get(name)) for name, t in seconds.items()], flops=flops, rate=product_rate(lm.device, lm.bf16))
+    return dict(rows=[dict(variant=name, seconds=t, peak_bytes=peak[name]) for name, t in seconds.items()], flops=flops, rate=product_rate(lm.device, lm.bf16))
 
 # %% ../nbs/36_efficiency_runs.ipynb #e80c90b8
 PARTS = dict(step=None, buffer=time_buffers, pool=time_choosers, stream=time_streams)

@@ -156,6 +156,15 @@ class Curve:
         done = trainer.spent*self.n/trainer.total
         if done < self.due: return
         self.due = int(done) + 1
+        self.add(trainer, arrived)
+
+    def close(self, trainer:Trainer, arrived:int):
+        "Evaluate at the end, if a total that was nearly met left the last point out"
+        if self.due <= self.n: self.add(trainer, arrived)
+        self.due = self.n + 1
+
+    def add(self, trainer:Trainer, arrived:int):
+        "Evaluate now"
         with trainer.watch.paused():
             trainer.budget.seconds = trainer.watch.seconds
             self.points.append(asdict(trainer.budget) | dict(arrived=arrived) | self.evaluate())
@@ -323,4 +332,5 @@ def train_stream(
             if not stream.moving: raise ValueError(f'nothing was kept, so nothing can be replayed: {trainer.left} of {total} {trainer.unit} are left')
             for c in curves: c.update(trainer, n)
         stream.finish()
+        for c in curves: c.close(trainer, n)
 
