@@ -760,6 +760,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sage_paper.selectors.k_center': ('selectors.html#k_center', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors.nearest_distance': ( 'selectors.html#nearest_distance',
                                                                                  'sage_paper/selectors.py'),
+                                      'sage_paper.selectors.quantile_part': ('selectors.html#quantile_part', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors.ranks': ('selectors.html#ranks', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors.see': ('selectors.html#see', 'sage_paper/selectors.py'),
                                       'sage_paper.selectors.standard': ('selectors.html#standard', 'sage_paper/selectors.py'),

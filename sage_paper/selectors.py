@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'SCALES', 'Seen', 'token_entropy', 'token_margin', 'gain_gradients', 'gain_gradients_from_backward', 'see',
-           'Stateful', 'Ring', 'ranks', 'standard', 'Running', 'AdaptiveThreshold', 'Selector', 'Random', 'Longest',
-           'Uncertainty', 'SuRe', 'RHOLoss', 'RunningMean', 'unit', 'GradientSimilarity', 'k_center',
-           'nearest_distance', 'KCenter']
+           'Stateful', 'Ring', 'ranks', 'standard', 'quantile_part', 'Running', 'AdaptiveThreshold', 'Selector',
+           'Random', 'Longest', 'Uncertainty', 'SuRe', 'RHOLoss', 'RunningMean', 'unit', 'GradientSimilarity',
+           'k_center', 'nearest_distance', 'KCenter']
 
 # %% ../nbs/22_selectors.ipynb #97d34bd7
 from dataclasses import dataclass
@@ -142,11 +142,15 @@ def standard(x, among)->np.ndarray: # [n], in (0, 1)
     "Logistic function of each value's standard score"
     return 1/(1 + np.exp(-(x - np.mean(among))/max(np.std(among), 1e-300)))
 
-SCALES = dict(rank=ranks, standard=standard)
+def quantile_part(x, among)->np.ndarray: # [n], in [0.001, 1]
+    "Each value's part of the others' 95% quantile, for values that are seldom below 0"
+    return np.clip(x/max(np.quantile(among, 0.95), 1e-300), 1e-3, 1)
+
+SCALES = dict(rank=ranks, standard=standard, quantile=quantile_part)
 
 # %% ../nbs/22_selectors.ipynb #f461ec6c
 class Running(Stateful):
-    "Brings values to (0, 1) by comparing them with the last `window` of their kind, themselves included"
+    "Brings values to (0, 1] by comparing them with the last `window` of their kind, themselves included"
     def __init__(self,
         scale='rank', # a key of `SCALES`
         window=512,
@@ -156,16 +160,20 @@ class Running(Stateful):
 
     def __call__(self,
         x, # [n]
-    )->np.ndarray: # [n], in (0, 1); ties get their mean rank
+    )->np.ndarray: # [n], in (0, 1]; ties get their mean rank
         x = np.asarray(x, float)
         self.latest.extend(x)
         return SCALES[self.scale](x, x if len(x) > self.latest.size else self.latest.held) if len(x) else x
 
     def peek(self,
         x, # [n], which are not remembered
-    )->np.ndarray: # [n], in (0, 1)
-        "Where values would stand among the remembered ones, themselves counted in"
-        return np.array([SCALES[self.scale]([v], np.append(self.latest.held, v))[0] for v in np.asarray(x, float)])
+    )->np.ndarray: # [n], in (0, 1]
+        "Where values would stand among the remembered ones; by rank, themselves counted in"
+        x = np.asarray(x, float)
+        held = self.latest.held if len(self.latest) else x
+        y = SCALES[self.scale](x, held)
+        return (len(held)*y + 0.5)/(len(held) + 1) if self.scale == 'rank' else y
+
 
 # %% ../nbs/22_selectors.ipynb #510f435a
 class AdaptiveThreshold(Stateful):
@@ -232,7 +240,7 @@ def check(self:Selector, seen:Seen):
         if len(bad): raise ValueError(f'{k} of sample {bad[0]} is NaN or infinite')
 
 @patch
-def terms(self:Selector, seen:Seen)->np.ndarray: # [n_terms, n], in (0, 1)
+def terms(self:Selector, seen:Seen)->np.ndarray: # [n_terms, n], in (0, 1]
     "The terms of samples that have just arrived, each on the running scale"
     self.check(seen)
     return np.stack([scale(x) for scale, x in zip(self.scales, self.raw(seen))])
@@ -244,7 +252,7 @@ def combine(self:Selector, terms)->np.ndarray: # [n]
     return (self.weights[:, None]*terms).sum(0)/self.weights.sum()
 
 @patch
-def importance(self:Selector, seen:Seen)->np.ndarray: # [n], in (0, 1)
+def importance(self:Selector, seen:Seen)->np.ndarray: # [n], in (0, 1]
     "Importance of samples that have just arrived: the weighted mean of the terms"
     return self.combine(self.terms(seen))
 

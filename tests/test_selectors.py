@@ -104,7 +104,7 @@ ODD = dict(constant=fields(5), zeros=fields(5, nll=np.zeros(5), embedding=np.zer
 
 @by_name
 @pytest.mark.parametrize('odd', ODD)
-@pytest.mark.parametrize('scale', ['rank', 'standard'])
+@pytest.mark.parametrize('scale', ['rank', 'standard', 'quantile'])
 def test_odd_inputs_have_an_importance(name, odd, scale):
     seen, s = ODD[odd], make(name)
     for r in s.scales: r.scale = scale
@@ -186,9 +186,9 @@ def test_a_ring_is_the_end_of_the_stream(parts, size):
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
 @example([0.1]*7)
 def test_scales_keep_the_order_and_stay_inside(x):
-    for scale in ('rank', 'standard'):
+    for scale in ('rank', 'standard', 'quantile'):
         y = Running(scale)(x)
-        assert ((0 < y) & (y < 1)).all() and (np.diff(y[np.argsort(x, kind='stable')]) >= -1e-12).all()
+        assert ((0 < y) & (y <= 1)).all() and (np.diff(y[np.argsort(x, kind='stable')]) >= -1e-12).all()
     assert Running()(x).mean() == pytest.approx(0.5)
 
 
