@@ -63,6 +63,7 @@ class Streaming(Profile):
     buffer_size: int          # samples the replay buffer holds
     coreset_fraction: float   # part of the stream that `streaming_coreset` keeps, and `batch_50pct` draws at random
     ssis: tuple[float, ...]   # the weights alpha, beta, gamma of uncertainty, distance, forgetting risk
+    scale: Literal['rank', 'standard', 'quantile'] # what SSIS's terms are brought to one scale by
     sharpness: float          # exponent on the importance; 0 keeps at random, large keeps the top
     priority_exponent: float  # on the importance, in what `streaming_coreset` replays; 0 replays all alike
     warmup: float             # part of training over which the learning rate rises
@@ -152,6 +153,7 @@ class Coreset(Profile):
     batch_size: int               # samples a step
     buffer_size: int              # samples the replay buffer holds
     ssis: tuple[float, ...]       # the weights alpha, beta, gamma of uncertainty, distance, forgetting risk
+    scale: Literal['rank', 'standard', 'quantile'] # what SSIS's terms are brought to one scale by
     sharpness: float              # of SSIS: exponent on the importance
     warmup: float                 # part of training over which the learning rate rises
     cooldown: float               # part of training over which it falls

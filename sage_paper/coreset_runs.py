@@ -63,7 +63,7 @@ def make_selector(
     "The selector of a run, with the settings' weights and sharpness"
     from sage_paper.ssis import SELECTORS
     if name == 'all': return None
-    if name == 'ssis': return SELECTORS[name](fraction, s.ssis, s.sharpness, seed)
+    if name == 'ssis': return SELECTORS[name](fraction, s.ssis, s.sharpness, seed, scale=s.scale)
     return SELECTORS[name](fraction, seed=seed)
 
 # %% ../nbs/38_coreset_runs.ipynb #c56a97f7
@@ -119,7 +119,7 @@ def coreset_spec(
 )->dict:
     "The description of one run"
     data = DATASETS['metatool'].digest if stream == 'metatool' else task_digest(stream, s.n_tools, s.train_per_tool, s.test_per_tool, split)
-    own = () if selector == 'ssis' else ('ssis', 'sharpness')   # so that a change of them concerns no other run
+    own = () if selector == 'ssis' else ('ssis', 'scale', 'sharpness')   # so that a change of them concerns no other run
     return run_settings(s, ('streams', 'selectors', 'fractions', 'lr', *own)) | dict(
         stream=stream, selector=selector, fraction=fraction, seed=seed, lr=lr or s.lr, split=split, data=data, weights=model_digest(s.model))
 

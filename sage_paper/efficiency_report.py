@@ -27,15 +27,16 @@ def check_efficiency(
 def efficiency_frame(
     records,
 )->pd.DataFrame: # a row a part, rival, size and repetition: value in the part's unit
-    "All times, tidy; of training steps the median over rounds"
+    "All times, tidy; of training steps a repetition is a round, of anything else a run"
     rows = []
     for r in records:
-        part, seed = r['spec']['part'], r['spec']['seed']
+        part, spec = r['spec']['part'], r['spec']
         for x in r['result']['rows']:
-            value = x['microseconds'] if 'microseconds' in x else 1e3*np.median(x['seconds']) if part == 'step' else x['seconds']
-            n = r['spec']['pool_size'] if part == 'pool' else r['spec']['step_batch_size'] if part == 'step' else x['n']
-            rows.append(dict(part=part, variant=x.get('variant', 'stream'), n=n, seed=seed, value=value))
+            n = spec['pool_size'] if part == 'pool' else spec['step_batch_size'] if part == 'step' else x['n']
+            values = enumerate(1e3*np.array(x['seconds'])) if part == 'step' else [(spec['seed'], x['microseconds'] if 'microseconds' in x else x['seconds'])]
+            rows += [dict(part=part, variant=x.get('variant', 'stream'), n=n, repetition=k, value=v) for k, v in values]
     return pd.DataFrame(rows)
+
 
 # %% ../nbs/37_efficiency_report.ipynb #0fc00c84
 RIVALS = dict(tree=Look('our sum tree', '#D55E00'), buffer=Look('our whole buffer', '#E69F00', (0, (3, 1, 1, 1))), torchrl=Look('torchrl', '#0072B2', (0, (5, 1.5))), cpprb=Look('cpprb', '#009E73', (0, (1.2, 1))),
@@ -77,7 +78,7 @@ def ratios(
 )->dict: # variant → (mean, half width): its time over that of `to`
     "Paired over repetitions, at the largest size"
     f = frame[(frame.part == part)]
-    wide = f[f.n == f.n.max()].pivot(index='seed', columns='variant', values='value')
+    wide = f[f.n == f.n.max()].pivot(index='repetition', columns='variant', values='value')
     return {v: t_interval(wide[v]/wide[to or OURS[part]]) for v in dict.fromkeys(f.variant)}
 
 # %% ../nbs/37_efficiency_report.ipynb #6e6460d7
@@ -104,7 +105,8 @@ def efficiency_latex(
         lines += [r'\midrule', f'\\multicolumn{{3}}{{l}}{{\\emph{{{head}}}}} \\\\', *(' & '.join(r) + r' \\' for r in rows)]
     on = {part: next(r['environment']['device'] for r in records if r['spec']['part'] == part) for part in s.parts}
     devices = [f'{" and ".join(p for p in on if on[p] == d)} on {d}' for d in dict.fromkeys(on.values())] if len(set(on.values())) > 1 else [*set(on.values())]
-    note = f'Mean $\\pm$ 95\\% interval over {len(s.seeds)} repetitions; ratio to ours within a repetition, for the stream to its shortest; {"; ".join(devices)}; profile {s.profile}.'
+    over = f', of the step over {s.step_rounds} rounds'*('step' in s.parts)
+    note = f'Mean $\\pm$ 95\\% interval over {len(s.seeds)} repetitions{over}; ratio to ours within a repetition, for the stream to its shortest; {"; ".join(devices)}; profile {s.profile}.'
     return '\n'.join([r'\begin{tabular}{lrr}', r'\toprule', r'& time & ratio \\', *lines, r'\bottomrule', r'\end{tabular}', f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
 
 # %% ../nbs/37_efficiency_report.ipynb #c1061b36

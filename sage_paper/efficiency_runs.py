@@ -8,7 +8,7 @@ __all__ = ['EFFICIENCY_VERSION', 'BUFFERS', 'CHOOSERS', 'PARTS', 'least_seconds'
            'product_rate', 'time_steps', 'efficiency_spec', 'run_efficiency', 'efficiency_specs', 'efficiency_records']
 
 # %% ../nbs/36_efficiency_runs.ipynb #eb78d44f
-import time
+import gc, time
 from importlib.util import find_spec
 from types import SimpleNamespace
 import numpy as np, torch
@@ -244,6 +244,7 @@ def _peak(f, device):
     if device.type != 'cuda':
         f()
         return None
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     f()
@@ -303,8 +304,8 @@ def run_efficiency(
 def efficiency_specs(
     s:Efficiency,
 )->list: # of dict
-    "All runs: each part once a seed"
-    return [efficiency_spec(s, part, seed) for part in s.parts for seed in s.seeds]
+    "All runs: each part once a seed, the step once, since its rounds are its repetitions"
+    return [efficiency_spec(s, part, seed) for part in s.parts for seed in (s.seeds[:1] if part == 'step' else s.seeds)]
 
 def efficiency_records(
     s:Efficiency, root=None,

@@ -52,7 +52,7 @@ def streaming_spec(
     "The description of one run"
     split = split or s.split
     data = task_digest(s.stream, s.n_tools, s.train_per_tool, s.test_per_tool, split)
-    without = ('split', 'lr_', *['priority_exponent']*(method != 'streaming_coreset'))   # so that a change of it concerns no other run
+    without = ('split', 'lr_', *['priority_exponent', 'scale']*(method != 'streaming_coreset'))   # so that a change of them concerns no other run
     return run_settings(s, without) | dict(method=method, seed=seed, lr=lr, split=split, data=data, weights=model_digest(s.model))
 
 # %% ../nbs/32_streaming_runs.ipynb #96f2a16d
@@ -91,7 +91,7 @@ def _train(lm, s, spec, train, order, curves):
         return train_batch(trainer, [train[i] for i in chosen], s.batch_size, curves, seed)
     buffer, selector = ReservoirBuffer(s.buffer_size, seed), None
     if method == 'streaming_coreset':
-        buffer, selector = ImportanceBuffer(s.buffer_size, s.priority_exponent, seed=seed), SSIS(s.coreset_fraction, s.ssis, s.sharpness, seed)
+        buffer, selector = ImportanceBuffer(s.buffer_size, s.priority_exponent, seed=seed), SSIS(s.coreset_fraction, s.ssis, s.sharpness, seed, scale=s.scale)
     train_stream(trainer, train, order, s.batch_size, buffer, curves, selector)
 
 
