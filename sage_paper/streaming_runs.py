@@ -84,7 +84,7 @@ def _train(lm, s, spec, train, order, curves):
     from sage_paper.ssis import SSIS
     from sage_paper.trainers import Trainer, train_batch, train_stream
     method, seed, streaming = spec['method'], spec['seed'], spec['method'].startswith('streaming')
-    n = round(len(train)*s.coreset_fraction) if method in ('batch_50pct', 'streaming_coreset') else len(train)
+    n = int(np.ceil(len(train)*s.coreset_fraction)) if method in ('batch_50pct', 'streaming_coreset') else len(train)
     trainer = Trainer(lm, spec['lr'], n*s.epochs, s.warmup, s.cooldown if streaming else 1 - s.warmup)
     if not streaming:
         chosen = np.random.default_rng(seed).permutation(len(train))[:n]
