@@ -215,6 +215,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sage_paper/coreset_runs.py'),
                                          'sage_paper.coreset_runs.arrival_order': ( 'coreset_runs.html#arrival_order',
                                                                                     'sage_paper/coreset_runs.py'),
+                                         'sage_paper.coreset_runs.coreset_rates': ( 'coreset_runs.html#coreset_rates',
+                                                                                    'sage_paper/coreset_runs.py'),
                                          'sage_paper.coreset_runs.coreset_records': ( 'coreset_runs.html#coreset_records',
                                                                                       'sage_paper/coreset_runs.py'),
                                          'sage_paper.coreset_runs.coreset_spec': ( 'coreset_runs.html#coreset_spec',

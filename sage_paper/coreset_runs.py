@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORESET_VERSION', 'coreset_task', 'arrival_order', 'make_selector', 'train_coreset', 'run_coreset', 'coreset_spec',
-           'coreset_specs', 'coreset_tuning_specs', 'coreset_records']
+           'coreset_specs', 'coreset_tuning_specs', 'coreset_records', 'coreset_rates']
 
 # %% ../nbs/38_coreset_runs.ipynb #8c999741
 import dataclasses
@@ -14,7 +14,7 @@ from .assets import model_digest
 from .challenge_runs import split_for
 from .config import Coreset, load_settings
 from .datasets import DATASETS, load_dataset
-from .records import bits, experiment_records, run_settings
+from .records import best_rates, bits, experiment_records, run_settings
 from .samples import Task, arrivals
 from .streaming_runs import load_task, task_digest
 
@@ -114,14 +114,14 @@ def run_coreset(
 # %% ../nbs/38_coreset_runs.ipynb #956a87b8
 def coreset_spec(
     s:Coreset, stream:str, selector:str, fraction:float, seed:int,
-    lr=None,        # the settings' own, if not given
+    lr=None,        # the stream's own, if not given
     split='report',
 )->dict:
     "The description of one run"
     data = DATASETS['metatool'].digest if stream == 'metatool' else task_digest(stream, s.n_tools, s.train_per_tool, s.test_per_tool, split)
     own = () if selector == 'ssis' else ('ssis', 'scale', 'sharpness')   # so that a change of them concerns no other run
     return run_settings(s, ('streams', 'selectors', 'fractions', 'lr', *own)) | dict(
-        stream=stream, selector=selector, fraction=fraction, seed=seed, lr=lr or s.lr, split=split, data=data, weights=model_digest(s.model))
+        stream=stream, selector=selector, fraction=fraction, seed=seed, lr=lr or s.lr[s.streams.index(stream)], split=split, data=data, weights=model_digest(s.model))
 
 def coreset_specs(
     s:Coreset,
@@ -145,3 +145,10 @@ def coreset_records(
 )->list: # of records
     "Run or load all runs of the experiment"
     return experiment_records(run_coreset, 'coreset', CORESET_VERSION, (coreset_tuning_specs if tuning else coreset_specs)(s), s, tuning, root)
+
+# %% ../nbs/38_coreset_runs.ipynb #702190e8
+def coreset_rates(
+    records, # of tuning runs
+)->dict: # stream → learning rate
+    "Per stream the rate that is best for a random part; the settings name these, and a test holds the two against each other"
+    return best_rates((r['spec']['stream'], r['spec']['lr'], r['result']['curve'][-1]['accuracy']) for r in records)
