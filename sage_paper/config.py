@@ -140,6 +140,8 @@ class Coreset(Profile):
     streams: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...]
     selectors: tuple[Literal['random', 'longest', 'nll', 'entropy', 'margin', 'k_center', 'sure', 'rho_loss', 'gradient_similarity', 'ssis'], ...]
     fractions: tuple[float, ...]  # parts of the stream that are kept
+    ablations: tuple[Literal['uncertainty', 'distance', 'risk', 'uncertainty+distance', 'uncertainty+risk', 'distance+risk', 'equal', 'mild', 'standard', 'quantile'], ...] # of SSIS
+    ablation_fraction: float      # part that is kept in these
     n_tools: int                  # of ToolStream and SageWorld
     train_per_tool: int           # most training queries a tool of these has
     test_per_tool: int            # most held-out queries
@@ -161,7 +163,7 @@ class Coreset(Profile):
 
     def __post_init__(self):
         if not all(0 < f <= 1 for f in self.fractions): raise SettingsError(f'fractions = {self.fractions!r}: expected numbers above 0 and at most 1')
-        in_range(self, ('spread',), lambda x: 0 < x <= 1, 'above 0 and at most 1')
+        in_range(self, ('spread', 'ablation_fraction'), lambda x: 0 < x <= 1, 'above 0 and at most 1')
         in_range(self, ('warmup', 'cooldown', 'sharpness'), lambda x: x >= 0, '0 or more')
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
         if len(self.lr) != len(self.streams): raise SettingsError(f'lr = {self.lr!r}: expected one for each of the {len(self.streams)} streams')

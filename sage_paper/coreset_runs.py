@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORESET_VERSION', 'coreset_task', 'arrival_order', 'make_selector', 'train_coreset', 'run_coreset', 'coreset_spec',
-           'coreset_specs', 'coreset_tuning_specs', 'coreset_records', 'coreset_rates']
+           'coreset_specs', 'coreset_tuning_specs', 'coreset_records', 'coreset_rates', 'ablated', 'ablation_specs',
+           'ablation_records']
 
 # %% ../nbs/38_coreset_runs.ipynb #8c999741
 import dataclasses
@@ -70,7 +71,7 @@ def make_selector(
 def train_coreset(
     s, spec:dict, lm, encoded, order, curves,
     irreducible=None, # `Encoded` → nats, and no others arrive
-): # the trainer
+): # (the trainer, the selector)
     "One selector's stream, on as many tokens as `epochs` passes over a random part have"
     from sage_paper.replay import ReservoirBuffer
     from sage_paper.trainers import Trainer, train_stream
@@ -83,8 +84,15 @@ def train_coreset(
         fraction = min(1., kept/len(order))
     selector = make_selector(s, spec['selector'], fraction, seed)
     train_stream(trainer, encoded, order, s.batch_size, ReservoirBuffer(s.buffer_size, seed), curves, selector, score_first=True, irreducible=irreducible)
-    return trainer
+    return trainer, selector
 
+
+# %% ../nbs/38_coreset_runs.ipynb #97ee8596
+def _correlations(selector):
+    "Rank correlations between the terms of what arrived last; None unless there are several"
+    from sage_paper.ssis import term_correlations
+    if selector is None or not (np.count_nonzero(selector.weights) == len(selector.weights) > 1): return None
+    return term_correlations(np.stack([x.latest.held for x in selector.scales])).tolist()
 
 # %% ../nbs/38_coreset_runs.ipynb #233312eb
 def run_coreset(
@@ -105,9 +113,9 @@ def run_coreset(
         known, lm = {e: losses[e] for e, h in zip(train, held) if not h}, fresh_lm(s.model, s.precision)
     def accuracy(): return dict(accuracy=float(grade(lm, test, s.eval_batch_size).name.mean()))
     curve = Curve(accuracy, s.n_evaluations)
-    trainer = train_coreset(s, spec, lm, train, arrival_order(task, s.stream, s.spread, seed), [curve], known)
+    trainer, selector = train_coreset(s, spec, lm, train, arrival_order(task, s.stream, s.spread, seed), [curve], known)
     trainer.budget.seconds, final = trainer.watch.seconds, grade(lm, test, s.eval_batch_size)
-    return dict(budget=dataclasses.asdict(trainer.budget) | dict(flops_before=before), curve=curve.points, n_train=len(train),
+    return dict(budget=dataclasses.asdict(trainer.budget) | dict(flops_before=before), curve=curve.points, n_train=len(train), correlations=_correlations(selector),
                 nll=float(final.nll.mean()), items=dict(id=[x.id for x in task.test], cluster=[' '.join(sorted(x.tool_ids)) for x in task.test], name=bits(final.name), exact=bits(final.exact)))
 
 
@@ -120,7 +128,7 @@ def coreset_spec(
     "The description of one run"
     data = DATASETS['metatool'].digest if stream == 'metatool' else task_digest(stream, s.n_tools, s.train_per_tool, s.test_per_tool, split)
     own = () if selector == 'ssis' else ('ssis', 'scale', 'sharpness')   # so that a change of them concerns no other run
-    return run_settings(s, ('streams', 'selectors', 'fractions', 'lr', *own)) | dict(
+    return run_settings(s, ('streams', 'selectors', 'fractions', 'ablation', 'lr', *own)) | dict(
         stream=stream, selector=selector, fraction=fraction, seed=seed, lr=lr or s.lr[s.streams.index(stream)], split=split, data=data, weights=model_digest(s.model))
 
 def coreset_specs(
@@ -152,3 +160,29 @@ def coreset_rates(
 )->dict: # stream → learning rate
     "Per stream the rate that is best for a random part; the settings name these, and a test holds the two against each other"
     return best_rates((r['spec']['stream'], r['spec']['lr'], r['result']['curve'][-1]['accuracy']) for r in records)
+
+# %% ../nbs/38_coreset_runs.ipynb #85cf3265
+def ablated(
+    s:Coreset, name:str, # one of the settings' `ablations`
+)->Coreset:
+    "The settings with SSIS changed: fewer terms, or other weights, scale or sharpness"
+    from sage_paper.ssis import term_ablations
+    changes = {k: dict(ssis=w) for k, w in term_ablations(s.ssis).items()} | dict(equal=dict(ssis=(1., 1., 1.)), mild=dict(sharpness=1.), standard=dict(scale='standard'), quantile=dict(scale='quantile'))
+    return dataclasses.replace(s, **changes[name])
+
+# %% ../nbs/38_coreset_runs.ipynb #ffef897d
+def ablation_specs(
+    s:Coreset,
+)->list: # of (name, dict)
+    "The runs that take SSIS apart"
+    return [(name, coreset_spec(ablated(s, name), stream, 'ssis', s.ablation_fraction, seed)) for seed in s.seeds for name in s.ablations for stream in s.streams]
+
+def ablation_records(
+    s:Coreset,
+    root=None,    # the project's, if not given
+)->dict: # name → records
+    "Run or load them"
+    specs, out = ablation_specs(s), {}
+    records = experiment_records(run_coreset, 'coreset', CORESET_VERSION, [spec for _, spec in specs], s, root=root)
+    for (name, _), r in zip(specs, records): out.setdefault(name, []).append(r)
+    return out

@@ -136,7 +136,7 @@ def efficiency_numbers(
     if 'step' in s.parts:
         for v, r in step_summary(records, frame).iterrows():
             name = macro_name('step', v)
-            out |= {f'{name}OverPlain': f'{r.over_plain:.1f}', f'{name}OverSft': f'{r.over_sft:.1f}', f'{name}Samples': f'{r.samples_a_second:,.0f}', f'{name}OfLimit': f'{100*r.part_of_limit:.0f}'}
+            out |= {f'{name}OverPlain': f'{r.over_plain:.1f}', f'{name}OverSft': f'{r.over_sft:.1f}', f'{name}Samples': f'{r.samples_a_second:,.0f}', f'{name}OfLimit': f'{100*r.part_of_limit:.0f}', f'{name}Gib': f'{r.peak_gib:.1f}'}
         out['SsisCost'] = f'{100*(ratios(frame, "step", "streaming")["streaming_ssis"][0] - 1):.1f}'
     return out
 

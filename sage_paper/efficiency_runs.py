@@ -160,15 +160,20 @@ class NoModel:
 def time_streams(
     s, seed:int,
 )->list: # a dict a length: n, microseconds a sample that arrives, items held
-    "SSIS and the buffer over streams of several lengths"
-    rows, some = [], Encoded(tuple(range(64)), 40, 6)
-    for n in s.stream_sizes:
-        buffer, new = ImportanceBuffer(s.stream_buffer, seed=seed), s.stream_arriving
+    "SSIS and the buffer over streams of several lengths; the short ones again and again, until they have seen a tenth of what the longest has"
+    some, rows, times = Encoded(tuple(range(64)), 40, 6), [], lambda n: max(1, max(s.stream_sizes)//(10*n))
+    def pass_by(n):
+        buffer = ImportanceBuffer(s.stream_buffer, seed=seed)
         stream = Stream(NoModel(10**9, s.stream_dimensions, seed), buffer, SSIS(0.5, seed=seed))
+        for _ in range(0, n, s.stream_arriving): stream.feed([some]*s.stream_arriving, s.stream_batch)
+        return len(buffer)
+    pass_by(min(s.stream_sizes))   # warm-up
+    for n in s.stream_sizes:
         start = time.perf_counter()
-        for _ in range(0, n, new): stream.feed([some]*new, s.stream_batch)
-        rows.append(dict(n=n, microseconds=1e6*(time.perf_counter() - start)/n, held=len(buffer)))
+        for _ in range(times(n)): held = pass_by(n)
+        rows.append(dict(n=n, microseconds=1e6*(time.perf_counter() - start)/n/times(n), held=held))
     return rows
+
 
 # %% ../nbs/36_efficiency_runs.ipynb #b9539415
 def random_batches(
