@@ -161,10 +161,11 @@ def time_streams(
     s, seed:int,
 )->list: # a dict a length: n, microseconds a sample that arrives, items held
     "SSIS and the buffer over streams of several lengths; the short ones again and again, until they have seen a tenth of what the longest has"
-    some, rows, times = Encoded(tuple(range(64)), 40, 6), [], lambda n: max(1, max(s.stream_sizes)//(10*n))
+    some, model, rows = Encoded(tuple(range(64)), 40, 6), NoModel(10**9, s.stream_dimensions, seed), []
+    def times(n): return max(1, max(s.stream_sizes)//(10*n))
     def pass_by(n):
         buffer = ImportanceBuffer(s.stream_buffer, seed=seed)
-        stream = Stream(NoModel(10**9, s.stream_dimensions, seed), buffer, SSIS(0.5, seed=seed))
+        stream = Stream(model, buffer, SSIS(0.5, seed=seed))
         for _ in range(0, n, s.stream_arriving): stream.feed([some]*s.stream_arriving, s.stream_batch)
         return len(buffer)
     pass_by(min(s.stream_sizes))   # warm-up
