@@ -338,6 +338,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sage_paper/efficiency_runs.py'),
                                             'sage_paper.efficiency_runs._round': ( 'efficiency_runs.html#_round',
                                                                                    'sage_paper/efficiency_runs.py'),
+                                            'sage_paper.efficiency_runs._steps': ( 'efficiency_runs.html#_steps',
+                                                                                   'sage_paper/efficiency_runs.py'),
                                             'sage_paper.efficiency_runs._stratified': ( 'efficiency_runs.html#_stratified',
                                                                                         'sage_paper/efficiency_runs.py'),
                                             'sage_paper.efficiency_runs._torchrl': ( 'efficiency_runs.html#_torchrl',

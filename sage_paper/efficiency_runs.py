@@ -287,7 +287,9 @@ def time_steps(
     return dict(rows=[dict(variant=name, seconds=t, peak_bytes=peak[name]) for name, t in seconds.items()], flops=flops, rate=product_rate(lm.device, lm.bf16))
 
 # %% ../nbs/36_efficiency_runs.ipynb #e80c90b8
-PARTS = dict(step=None, buffer=time_buffers, pool=time_choosers, stream=time_streams)
+def _steps(s, seed): return time_steps(s, seed, lambda: load_lm(s.model, s.precision))
+
+PARTS = dict(step=_steps, buffer=time_buffers, pool=time_choosers, stream=time_streams)
 
 def efficiency_spec(
     s:Efficiency, part:str, # a key of `PARTS`
@@ -302,9 +304,8 @@ def run_efficiency(
     spec:dict, # as from `efficiency_spec`
 )->dict: # the record's result
     "Time one part"
-    s = SimpleNamespace(**spec)
-    if spec['part'] == 'step': return time_steps(s, spec['seed'], lambda: load_lm(s.model, s.precision))
-    return dict(rows=PARTS[spec['part']](s, spec['seed']))
+    found = PARTS[spec['part']](SimpleNamespace(**spec), spec['seed'])
+    return found if isinstance(found, dict) else dict(rows=found)
 
 # %% ../nbs/36_efficiency_runs.ipynb #e202e3a4
 def efficiency_specs(

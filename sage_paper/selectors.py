@@ -425,4 +425,4 @@ class KCenter(Selector):
 def pool(self:KCenter, seen:Seen, k:int)->np.ndarray: # k indices
     "Greedy k-center from a first sample drawn by the seed; sharpness has no part in it"
     self.check(seen)
-    return k_center(unit(seen.embedding), k, int(self.gate.rng.integers(len(seen))))
+    return k_center(unit(seen.embedding), k, int(self.gate.rng.integers(len(seen)))) if len(seen) else np.zeros(0, int)

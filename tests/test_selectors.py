@@ -363,3 +363,9 @@ def test_ranks_count(x):
     x = np.array(x)
     expected = [((x < v).sum() + (x == v).sum()/2)/len(x) for v in x]
     assert ranks(x, x) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('name', SELECTORS)
+def test_of_an_empty_pool_nothing_is_chosen(name):
+    nothing = fields(0, **{k: np.zeros((0, 4) if k in ('embedding', 'gradient') else 0) for k in (*FIELDS, 'irreducible')})
+    assert make(name).pool(nothing, 3).tolist() == []
