@@ -1,13 +1,13 @@
 "Coresets: what a run's description holds, rates against their search, budgets in tokens"
 import dataclasses, json
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT
 from sage_paper.config import SettingsError, load_settings
-from sage_paper.coreset_runs import ablation_specs, coreset_rates, coreset_spec, coreset_specs, coreset_tuning_specs
-from sage_paper.model import encode, tiny_lm
+from sage_paper.coreset_runs import ablation_specs, coreset_rates, coreset_spec, coreset_specs, coreset_tuning_specs, run_coreset
+from sage_paper.model import encode, fresh_lm, load_lm, tiny_lm
 from sage_paper.calls import Sample, ToolCall
 from sage_paper.replay import ReservoirBuffer
 from sage_paper.selectors import Longest, Random
@@ -95,3 +95,36 @@ def test_a_budget_of_tokens_in_batches():
     train_batch(trainer, MIXED, 7, [])
     assert 0 <= trainer.budget.tokens - trainer.total <= 7*max(len(e.ids) for e in MIXED)
     with pytest.raises(ValueError, match='samples, tokens'): Trainer(LM_, 1e-3, 5, unit='steps')
+
+
+# ---- one model a process ----
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "A tiny model, saved like any other"
+    path = tmp_path_factory.mktemp('tiny')
+    LM_.model.save_pretrained(path)
+    LM_.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_a_run_leaves_nothing_to_the_next_one(folder):
+    s = load_settings('coreset', 'smoke', ROOT/'settings.ini', model=folder, n_tools=5)
+    def run(name, seed=0):
+        r = run_coreset(coreset_spec(s, 'sageworld', name, 0.5, seed))
+        return {k: r[k] for k in ('nll', 'items', 'correlations')} | {'tokens': r['budget']['tokens'], 'curve': [p['accuracy'] for p in r['curve']]}
+    alone = {name: run(name) for name in ('ssis', 'rho_loss')}
+    for name in ('random', 'rho_loss', 'ssis', 'all', 'ssis', 'rho_loss'):
+        again = run(name)
+        if name in alone: assert again == alone[name]
+    assert run('ssis', seed=1) != alone['ssis']
+
+
+def test_there_is_one_model_a_process_and_it_starts_anew(folder):
+    lm = fresh_lm(folder, 'fp32')
+    own = {k: v.clone() for k, v in load_lm(folder, 'fp32', 'cpu').model.state_dict().items()}
+    trainer = Trainer(lm, 1e-2, 40)
+    trainer.step(encode([Sample('a', 'tea', (ToolCall('kettle'),))], lm.tokenizer))
+    assert any(not torch.equal(v.cpu(), own[k]) for k, v in lm.model.state_dict().items())
+    assert fresh_lm(folder, 'fp32') is lm and all(p.grad is None for p in lm.model.parameters())
+    assert all(torch.equal(v.cpu(), own[k]) for k, v in lm.model.state_dict().items())
