@@ -70,11 +70,12 @@ class Trainer:
         warmup=0.05, cooldown=0.2, # parts of the run, see `trapezoid`
         weight_decay=0.01, max_norm=1.,
         unit='samples', # of the total; or 'tokens'
+        after_backward=(), # called without arguments between a step's backward pass and its clipping: what a strategy does to the gradients
     ):
         if unit not in ('samples', 'tokens'): raise ValueError(f'unit = {unit!r}: known are samples, tokens')
         self.lm, self.lr, self.total, self.unit, self.max_norm = lm, lr, total, unit, max_norm
         self.warmup, self.cooldown = warmup, cooldown
-        self.shape, self.budget, self.watch = shape(lm), Budget(), Stopwatch(lm.device)
+        self.shape, self.budget, self.watch, self.after_backward = shape(lm), Budget(), Stopwatch(lm.device), after_backward
         lm.model.eval()   # no dropout: a seed decides on data alone
         if on_gpu := lm.device.type == 'cuda': lm.fuse()
         self.rate = torch.tensor(lr, device=lm.device)   # a tensor, since a graph would keep a number
@@ -111,6 +112,7 @@ def _learn(self:Trainer, *tensors):
     f = forward(self.lm, batch)
     f.hidden.retain_grad()
     (weights*f.nll).mean().backward()
+    for change in self.after_backward: change()
     torch.nn.utils.clip_grad_norm_(self.lm.model.parameters(), self.max_norm)
     self.opt.step()
     self.opt.zero_grad()
