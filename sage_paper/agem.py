@@ -8,8 +8,8 @@ __all__ = ['project', 'AGEM']
 # %% ../nbs/27_agem.ipynb #58d8ce3b
 import torch
 from fastcore.basics import patch
-from .capture import Captured
-from .model import LM, Batch, forward, forward_flops, shape
+from .model import LM, forward_flops, shape
+from .trainers import gradient_pass
 
 # %% ../nbs/27_agem.ipynb #a18e33fa
 def project(
@@ -26,30 +26,25 @@ def project(
 class AGEM:
     "Holds a reference gradient; `hold` goes into a trainer's `after_backward`"
     def __init__(self, lm:LM):
-        self.lm, self.shape, self.flops = lm, shape(lm), 0
+        self.shape, self.flops = shape(lm), 0
         self.params = [p for p in lm.model.parameters() if p.requires_grad]
         self.reference = [torch.zeros_like(p) for p in self.params]
         self.product = torch.zeros((), device=lm.device)
-        self.look = Captured(self._look, lm.device, lm.memory)
+        self.look = gradient_pass(lm, self._take)
 
 # %% ../nbs/27_agem.ipynb #b78ab1e9
 @patch
-def _look(self:AGEM, *tensors):
-    "Write a batch's gradient into the reference"
-    f = forward(self.lm, Batch(*tensors))
-    f.nll.mean().backward()
+def _take(self:AGEM):
+    "Make the gradients that are there the reference"
     for r, p in zip(self.reference, self.params): r.copy_(p.grad)
-    self.lm.model.zero_grad()
-    return (f.nll.detach(),)
 
 @patch
 def refer(self:AGEM,
     encoded:list, # of `Encoded`, from memory
 )->torch.Tensor: # [B], nats, on the model's device
     "Take the gradient on remembered samples as the reference, before a step"
-    self.lm.model.zero_grad()
     self.flops += 3*forward_flops(self.shape, encoded)
-    return self.look(*self.lm.collate(encoded).tensors)[0]
+    return self.look(encoded)
 
 @patch
 @torch.no_grad()

@@ -80,7 +80,6 @@ class Streaming(Profile):
         in_range(self, ('warmup', 'cooldown', 'sharpness'), lambda x: x >= 0, '0 or more')
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
 
-
 # %% ../nbs/00_config.ipynb #0e0a84a0
 @dataclass(frozen=True)
 class Challenges(Profile):
@@ -167,7 +166,6 @@ class Coreset(Profile):
         in_range(self, ('warmup', 'cooldown', 'sharpness'), lambda x: x >= 0, '0 or more')
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
         if len(self.lr) != len(self.streams): raise SettingsError(f'lr = {self.lr!r}: expected one for each of the {len(self.streams)} streams')
-
 
 # %% ../nbs/00_config.ipynb #ecdaed79
 EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset}

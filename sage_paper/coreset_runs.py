@@ -54,7 +54,6 @@ def _irreducible(s, seed, lm, encoded, held):
     train_batch(trainer, aside, s.batch_size, [], seed)
     return dict(zip(encoded, grade(lm, encoded, s.eval_batch_size).nll.tolist())), trainer.budget.flops + forward_flops(trainer.shape, encoded)
 
-
 # %% ../nbs/38_coreset_runs.ipynb #303207b3
 def make_selector(
     s,          # settings
@@ -86,7 +85,6 @@ def train_coreset(
     train_stream(trainer, encoded, order, s.batch_size, ReservoirBuffer(s.buffer_size, seed), curves, selector, score_first=True, irreducible=irreducible)
     return trainer, selector
 
-
 # %% ../nbs/38_coreset_runs.ipynb #97ee8596
 def _correlations(selector):
     "Rank correlations between the terms of what arrived last; None unless there are several"
@@ -117,7 +115,6 @@ def run_coreset(
     trainer.budget.seconds, final = trainer.watch.seconds, grade(lm, test, s.eval_batch_size)
     return dict(budget=dataclasses.asdict(trainer.budget) | dict(flops_before=before), curve=curve.points, n_train=len(train), correlations=_correlations(selector),
                 nll=float(final.nll.mean()), items=dict(id=[x.id for x in task.test], cluster=[' '.join(sorted(x.tool_ids)) for x in task.test], name=bits(final.name), exact=bits(final.exact)))
-
 
 # %% ../nbs/38_coreset_runs.ipynb #956a87b8
 def coreset_spec(

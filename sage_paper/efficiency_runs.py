@@ -19,7 +19,7 @@ from .records import experiment_records
 from .replay import ImportanceBuffer, ReservoirBuffer, SumTree
 from .selectors import k_center, unit
 from .ssis import SSIS
-from .trainers import Budget, Learnt, Stream, Trainer
+from .trainers import Learnt, Stream, Trainer
 
 # %% ../nbs/36_efficiency_runs.ipynb #fdd5d4bb
 EFFICIENCY_VERSION = 1   # raise by hand when the meaning of a run changes
@@ -153,9 +153,6 @@ class NoModel:
         self.at = (self.at + 37)%(len(self.nll) - len(encoded))
         return Learnt(*(t[self.at:self.at + len(encoded)] for t in (self.nll, *self.vectors)))
 
-    def fitting(self, encoded): return len(encoded)
-
-
 # %% ../nbs/36_efficiency_runs.ipynb #e18dd205
 def time_streams(
     s, seed:int,
@@ -174,7 +171,6 @@ def time_streams(
         for _ in range(times(n)): held = pass_by(n)
         rows.append(dict(n=n, microseconds=1e6*(time.perf_counter() - start)/n/times(n), held=held))
     return rows
-
 
 # %% ../nbs/36_efficiency_runs.ipynb #b9539415
 def random_batches(

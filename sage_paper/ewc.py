@@ -8,8 +8,8 @@ __all__ = ['diagonal_fisher', 'EWC']
 # %% ../nbs/26_ewc.ipynb #cc9f5efe
 import torch
 from fastcore.basics import patch
-from .capture import Captured
-from .model import LM, Batch, forward
+from .model import LM
+from .trainers import gradient_pass
 
 # %% ../nbs/26_ewc.ipynb #ddea0d59
 def diagonal_fisher(
@@ -19,15 +19,10 @@ def diagonal_fisher(
     "Mean over samples of each one's squared gradient; one backward pass a sample"
     params = [p for p in lm.model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in params]
-    def add(*tensors):
-        f = forward(lm, Batch(*tensors))
-        f.nll.sum().backward()
+    def add():
         for t, p in zip(total, params): t.addcmul_(p.grad, p.grad, value=1/len(encoded))
-        lm.model.zero_grad()
-        return (f.nll.detach(),)
-    lm.model.zero_grad()
-    add_captured = Captured(add, lm.device, lm.memory)
-    for e in encoded: add_captured(*lm.collate([e]).tensors)
+    look = gradient_pass(lm, add)
+    for e in encoded: look([e])
     return total
 
 # %% ../nbs/26_ewc.ipynb #a339e7c9
@@ -54,9 +49,8 @@ def consolidate(self:EWC,
     if bad := [k for k, (f, p) in enumerate(zip(fisher, self.params, strict=True)) if f.shape != p.shape or not (f >= 0).all()]:
         raise ValueError(f'tensor {bad[0]} is no Fisher information of parameter {bad[0]}: other shape, or below 0')
     if self.decay is not None:
-        for a, b in zip(self.stiffness, self.moment): a.mul_(self.decay); b.zero_()
-        self.constant, fisher = 0., [a + f for a, f in zip(self.stiffness, fisher)]
-        for a in self.stiffness: a.zero_()
+        fisher, self.constant = [self.decay*a + f for a, f in zip(self.stiffness, fisher)], 0.
+        for x in (*self.stiffness, *self.moment): x.zero_()
     for a, b, f, p in zip(self.stiffness, self.moment, fisher, self.params):
         a += f
         b += f*p

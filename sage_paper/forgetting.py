@@ -19,6 +19,16 @@ def check_matrix(
     if not ((0 <= r) & (r <= 1)).all(): raise ValueError('accuracies are numbers from 0 to 1')
     return r
 
+def _several(r, which):
+    "The same of two tasks or more, for what compares a task with `which` ones"
+    if (r := check_matrix(r)).shape[1] < 2: raise ValueError(f'expected two or more tasks, as one has no {which} ones')
+    return r
+
+def _bound(r, name, x):
+    "A model's accuracies beside a matrix"
+    if (x := np.asarray(x, float)).shape != r[0].shape: raise ValueError(f'{name} has shape {x.shape}: expected {r[0].shape}, one accuracy a task')
+    return x
+
 # %% ../nbs/14_forgetting.ipynb #97371535
 def average_accuracy(
     r, # [T + 1, T]
@@ -35,8 +45,7 @@ def backward_transfer(
     r, # [T + 1, T], T >= 2
 )->float: # in [-1, 1]
     "Mean change since it was learnt, of every task but the last"
-    r = check_matrix(r)
-    if r.shape[1] < 2: raise ValueError('one task has no later ones')
+    r = _several(r, 'later')
     return float((r[-1] - _learnt(r))[:-1].mean())
 
 # %% ../nbs/14_forgetting.ipynb #0bdd15f2
@@ -44,8 +53,7 @@ def forgetting(
     r, # [T + 1, T], T >= 2
 )->float: # in [-1, 1]
     "Mean loss from the best before the end, of every task but the last"
-    r = check_matrix(r)
-    if r.shape[1] < 2: raise ValueError('one task has no later ones')
+    r = _several(r, 'later')
     return float((r[:-1].max(0) - r[-1])[:-1].mean())
 
 # %% ../nbs/14_forgetting.ipynb #f53836fd
@@ -53,8 +61,7 @@ def forward_transfer(
     r, # [T + 1, T], T >= 2
 )->float: # in [-1, 1]
     "Mean gain over zero-shot just before a task is learnt, of every task but the first"
-    r = check_matrix(r)
-    if r.shape[1] < 2: raise ValueError('the first task has no earlier ones')
+    r = _several(r, 'earlier')
     return float((np.diag(r) - r[0])[1:].mean())
 
 # %% ../nbs/14_forgetting.ipynb #58d94c62
@@ -63,9 +70,8 @@ def intransigence(
     joint, # [T], accuracies of a model trained on all tasks together
 )->float: # in [-1, 1]
     "Mean of what a task, just learnt, is short of joint training"
-    r, joint = check_matrix(r), np.asarray(joint, float)
-    if joint.shape != r[0].shape: raise ValueError(f'joint has shape {joint.shape}: expected {r[0].shape}, one accuracy a task')
-    return float((joint - _learnt(r)).mean())
+    r = check_matrix(r)
+    return float((_bound(r, 'joint', joint) - _learnt(r)).mean())
 
 # %% ../nbs/14_forgetting.ipynb #d9edb220
 def knowledge_transfer(
@@ -73,9 +79,8 @@ def knowledge_transfer(
     scratch, # [T], accuracies of models trained on each task alone
 )->float: # in [-1, 1]
     "Mean gain over learning from scratch when a task has just been learnt, of every task but the first"
-    r, scratch = check_matrix(r), np.asarray(scratch, float)
-    if scratch.shape != r[0].shape or len(scratch) < 2: raise ValueError(f'scratch has shape {scratch.shape}: expected {r[0].shape}, one accuracy a task, and two or more')
-    return float((_learnt(r) - scratch)[1:].mean())
+    r = _several(r, 'earlier')
+    return float((_learnt(r) - _bound(r, 'scratch', scratch))[1:].mean())
 
 # %% ../nbs/14_forgetting.ipynb #e9d289c8
 def matrix_numbers(

@@ -290,15 +290,22 @@ def check_head(lm:LM):
 
 # %% ../nbs/20_model.ipynb #936191b2
 @no_progress()
+def _parts(model):
+    "Network on the CPU with its weights in fp32, and where its tokenizer is, as keyword arguments"
+    from transformers import AutoModelForCausalLM
+    name, _, revision = weights_dir(model).partition('@')
+    where = dict(pretrained_model_name_or_path=name, revision=revision or 'main')
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation='sdpa'), where
+
+@no_progress()
 def load_lm(
     model:str, # as for `weights_dir`
     precision='auto', device=None,
 )->LM:
     "The model with its weights in fp32; raises `AssetError` or `HeadError`"
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    name, _, revision = weights_dir(model).partition('@')
-    net = AutoModelForCausalLM.from_pretrained(name, revision=revision or 'main', dtype=torch.float32, attn_implementation='sdpa')
-    lm = LM(net.to(device or default_device()), AutoTokenizer.from_pretrained(name, revision=revision or 'main'), precision)
+    from transformers import AutoTokenizer
+    net, where = _parts(model)
+    lm = LM(net.to(device or default_device()), AutoTokenizer.from_pretrained(**where), precision)
     if lm.tokenizer.pad_token_id is None: lm.tokenizer.pad_token = lm.tokenizer.eos_token
     check_head(lm)
     return lm
@@ -313,10 +320,9 @@ def fresh_lm(
     "As `load_lm`, but a process has only one of them: each call lays the weights anew, and what was compiled and captured stays"
     gc.collect()   # the optimizers of earlier runs
     lm = _kept(model, precision)
-    lm.model.load_state_dict(load_lm(model, precision, 'cpu').model.state_dict())
+    lm.model.load_state_dict(_parts(model)[0].state_dict())
     lm.model.zero_grad()
     return lm
-
 
 # %% ../nbs/20_model.ipynb #fa91207b
 @torch.no_grad()

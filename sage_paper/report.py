@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'LOOKS', 'AXES', 'ReportError', 'check_complete', 'check_runs', 'Artefacts', 'check_manifest', 'Look',
-           'paper_style', 'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'curve_chart', 'plus_minus',
-           'cell', 'clearly_best', 'to_latex', 'macro_name', 'macros', 'percent', 'latex_number', 'latex_p',
-           'latex_difference']
+           'paper_style', 'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'curve_chart', 'item_means',
+           'plus_minus', 'cell', 'clearly_best', 'to_latex', 'macro_name', 'macros', 'percent', 'latex_number',
+           'latex_p', 'latex_difference']
 
 # %% ../nbs/31_report.ipynb #80e7a4c8
 import hashlib, io, json, tempfile
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from .config import find_root
-from .records import canonical, write_atomically
+from .records import canonical, unbits, write_atomically
 from .statistics import t_interval
 
 # %% ../nbs/31_report.ipynb #f18bd734
@@ -159,6 +159,14 @@ def curve_chart(
     return alt.Chart(f, width=520, height=280).mark_line(point=True).encode(
         x=alt.X(f'{x}:Q', title=AXES[x][0].split(' (')[0]), y=alt.Y('accuracy:Q', title='right tool, held-out queries'), color=colour, detail='seed:N',
         opacity=alt.condition(pick, alt.value(1), alt.value(0.1)), tooltip=['method', 'seed', 'samples', x, 'accuracy', 'exact']).add_params(pick)
+
+# %% ../nbs/31_report.ipynb #006bc064
+def item_means(
+    records, # of one kind of run, on the same held-out queries
+    field='name', # of a record's items
+)->np.ndarray: # [n_items], in [0, 1]
+    "How often each held-out query was answered right, over seeds"
+    return np.mean([unbits(r['result']['items'][field]) for r in records], 0)
 
 # %% ../nbs/31_report.ipynb #1df0366f
 def plus_minus(

@@ -174,7 +174,6 @@ class Running(Stateful):
         y = SCALES[self.scale](x, held)
         return (len(held)*y + 0.5)/(len(held) + 1) if self.scale == 'rank' else y
 
-
 # %% ../nbs/22_selectors.ipynb #510f435a
 class AdaptiveThreshold(Stateful):
     "Keeps a given fraction of a stream, drawn in proportion to importance^sharpness"

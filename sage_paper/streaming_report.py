@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'COLUMNS', 'BOLD', 'STREAMING_HEADS', 'CAVEAT', 'streaming_figure', 'efficiency', 'adaptation', 'run_summary',
-           'summaries', 'item_means', 'differences', 'streaming_table', 'streaming_latex', 'over_seeds', 'rates_latex',
+           'summaries', 'differences', 'streaming_table', 'streaming_latex', 'over_seeds', 'rates_latex',
            'streaming_numbers', 'write_streaming']
 
 # %% ../nbs/33_streaming_report.ipynb #7c618d92
 import numpy as np, pandas as pd
 from .config import Streaming
 from .records import unbits
-from .report import (AXES, LOOKS, Artefacts, cell, check_complete, clearly_best, curve_frame, draw_curves, figure_bytes,
+from .report import (AXES, LOOKS, Artefacts, cell, check_complete, clearly_best, curve_frame, draw_curves, figure_bytes, item_means,
                                latex_number, latex_p, macro_name, macros, paper_style, percent, to_latex)
 from .statistics import anytime_average, first_reached, holm, paired_bootstrap, t_interval
 from .streaming_runs import LATE, STREAMING_METHODS, tuned_rates
@@ -75,16 +75,11 @@ def summaries(records)->pd.DataFrame: # a row a run
 # %% ../nbs/33_streaming_report.ipynb #878a9344
 PAIRS = (('streaming_full', 'batch_full'), ('streaming_coreset', 'batch_50pct'))
 
-def item_means(
-    records, method:str, field='name',
-)->np.ndarray: # [n_items]
-    "How often each held-out query was answered right, over seeds"
-    return np.mean([unbits(r['result']['items'][field]) for r in records if r['spec']['method'] == method], 0)
-
 def differences(records)->pd.DataFrame: # a row a pair
     "The paired differences in accuracy, with intervals and Holm-corrected p-values"
     tool = [i.rsplit('/', 1)[0] for i in records[0]['result']['items']['id']]
-    rows = [dict(method=a, against=b, **paired_bootstrap(item_means(records, a), item_means(records, b), tool)) for a, b in PAIRS]
+    def of(method): return item_means([r for r in records if r['spec']['method'] == method])
+    rows = [dict(method=a, against=b, **paired_bootstrap(of(a), of(b), tool)) for a, b in PAIRS]
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p))
 
 # %% ../nbs/33_streaming_report.ipynb #913db3b4
