@@ -63,7 +63,9 @@ class Streaming(Profile):
     buffer_size: int          # samples the replay buffer holds
     coreset_fraction: float   # part of the stream that `streaming_coreset` keeps, and `batch_50pct` draws at random
     ssis: tuple[float, ...]   # the weights alpha, beta, gamma of uncertainty, distance, forgetting risk
+    scale: Literal['rank', 'standard', 'quantile'] # what SSIS's terms are brought to one scale by
     sharpness: float          # exponent on the importance; 0 keeps at random, large keeps the top
+    priority_exponent: float  # on the importance, in what `streaming_coreset` replays; 0 replays all alike
     warmup: float             # part of training over which the learning rate rises
     cooldown: float           # part of training over which a streaming run's learning rate falls
     n_evaluations: int        # points on a learning curve after the one at 0
@@ -77,8 +79,9 @@ class Streaming(Profile):
 
     def __post_init__(self):
         in_range(self, ('spread', 'coreset_fraction'), lambda x: 0 < x <= 1, 'above 0 and at most 1')
-        in_range(self, ('warmup', 'cooldown', 'sharpness'), lambda x: x >= 0, '0 or more')
+        in_range(self, ('warmup', 'cooldown', 'sharpness', 'priority_exponent'), lambda x: x >= 0, '0 or more')
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
+        in_range(self, ('epochs',), lambda x: x*self.coreset_fraction >= 1, f'such that its product with coreset_fraction = {self.coreset_fraction} is at least 1, so that all that arrives can be trained on')
 
 # %% ../nbs/00_config.ipynb #0e0a84a0
 @dataclass(frozen=True)

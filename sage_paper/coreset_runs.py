@@ -45,14 +45,14 @@ def _held_out(n:int, seed:int)->np.ndarray: # [n] bool
     return np.random.default_rng([seed, 5]).permutation(n) % 5 == 0
 
 def _irreducible(s, seed, lm, encoded, held):
-    "Losses of a model trained on the samples held out, and what it cost"
+    "Losses of the other samples under a model trained on those held out, and what it cost"
     from sage_paper.evaluation import grade
     from sage_paper.model import forward_flops
     from sage_paper.trainers import Trainer, train_batch
-    aside = [e for e, h in zip(encoded, held) if h]
+    aside, rest = ([e for e, h in zip(encoded, held) if h == x] for x in (True, False))
     trainer = Trainer(lm, s.lr, len(aside)*s.epochs, s.warmup, 1 - s.warmup)
     train_batch(trainer, aside, s.batch_size, [], seed)
-    return dict(zip(encoded, grade(lm, encoded, s.eval_batch_size).nll.tolist())), trainer.budget.flops + forward_flops(trainer.shape, encoded)
+    return dict(zip(rest, grade(lm, rest, s.eval_batch_size).nll.tolist())), trainer.budget.flops + forward_flops(trainer.shape, rest)
 
 # %% ../nbs/38_coreset_runs.ipynb #303207b3
 def make_selector(
@@ -106,9 +106,8 @@ def run_coreset(
     task, lm = coreset_task(s.stream, s, spec['split']), fresh_lm(s.model, s.precision)
     train, test = encode(task.train, lm.tokenizer), encode(task.test, lm.tokenizer)
     if spec['selector'] == 'rho_loss':
-        held = _held_out(len(train), seed)
-        losses, before = _irreducible(s, seed, lm, train, held)
-        known, lm = {e: losses[e] for e, h in zip(train, held) if not h}, fresh_lm(s.model, s.precision)
+        known, before = _irreducible(s, seed, lm, train, _held_out(len(train), seed))
+        lm = fresh_lm(s.model, s.precision)
     def accuracy(): return dict(accuracy=float(grade(lm, test, s.eval_batch_size).name.mean()))
     curve = Curve(accuracy, s.n_evaluations)
     trainer, selector = train_coreset(s, spec, lm, train, arrival_order(task, s.stream, s.spread, seed), [curve], known)

@@ -52,7 +52,8 @@ def streaming_spec(
     "The description of one run"
     split = split or s.split
     data = task_digest(s.stream, s.n_tools, s.train_per_tool, s.test_per_tool, split)
-    return run_settings(s, ('split', 'lr_')) | dict(method=method, seed=seed, lr=lr, split=split, data=data, weights=model_digest(s.model))
+    own = () if method == 'streaming_coreset' else ('ssis', 'scale', 'sharpness', 'priority_exponent')   # so that a change of them concerns no other run
+    return run_settings(s, ('split', 'lr_', *own)) | dict(method=method, seed=seed, lr=lr, split=split, data=data, weights=model_digest(s.model))
 
 # %% ../nbs/32_streaming_runs.ipynb #96f2a16d
 LATE = 0.9   # late tools are first seen after this part of the stream
@@ -78,21 +79,21 @@ def _curves(lm, s, test, late):
 
 # %% ../nbs/32_streaming_runs.ipynb #3f20354b
 def _train(lm, s, spec, train, order, curves):
-    "One of the four configurations, trained; returns the trainer"
-    from sage_paper.replay import ReservoirBuffer
+    "One of the four configurations, trained"
+    from sage_paper.replay import ImportanceBuffer, ReservoirBuffer
     from sage_paper.ssis import SSIS
     from sage_paper.trainers import Trainer, train_batch, train_stream
     method, seed, streaming = spec['method'], spec['seed'], spec['method'].startswith('streaming')
-    half = method in ('batch_50pct', 'streaming_coreset')
-    n = round(len(train)*s.coreset_fraction) if half else len(train)
-    selector = SSIS(s.coreset_fraction, s.ssis, s.sharpness, seed) if method == 'streaming_coreset' else None
+    n = int(np.ceil(len(train)*s.coreset_fraction)) if method in ('batch_50pct', 'streaming_coreset') else len(train)
     trainer = Trainer(lm, spec['lr'], n*s.epochs, s.warmup, s.cooldown if streaming else 1 - s.warmup)
-    if streaming:
-        train_stream(trainer, train, order, s.batch_size, ReservoirBuffer(s.buffer_size, seed), curves, selector, score_first=True)
-    else:
+    if not streaming:
         chosen = np.random.default_rng(seed).permutation(len(train))[:n]
-        train_batch(trainer, [train[i] for i in chosen], s.batch_size, curves, seed)
-    return trainer
+        return train_batch(trainer, [train[i] for i in chosen], s.batch_size, curves, seed)
+    buffer, selector = ReservoirBuffer(s.buffer_size, seed), None
+    if method == 'streaming_coreset':
+        buffer, selector = ImportanceBuffer(s.buffer_size, s.priority_exponent, seed=seed), SSIS(s.coreset_fraction, s.ssis, s.sharpness, seed, scale=s.scale)
+    train_stream(trainer, train, order, s.batch_size, buffer, curves, selector)
+
 
 # %% ../nbs/32_streaming_runs.ipynb #dd0de37b
 def run_streaming(
