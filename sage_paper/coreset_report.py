@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TITLES', 'VARIANTS', 'coreset_frame', 'compared', 'coreset_differences', 'coreset_figure', 'coreset_table',
-           'coreset_latex', 'ablation_frame', 'ablation_latex', 'coreset_numbers', 'write_coreset']
+           'coreset_latex', 'ablation_frame', 'ablation_latex', 'term_agreement', 'coreset_numbers', 'write_coreset']
 
 # %% ../nbs/39_coreset_report.ipynb #95fb1f89
 import numpy as np, pandas as pd
@@ -55,14 +55,14 @@ def coreset_figure(
     import matplotlib.pyplot as plt
     streams = list(dict.fromkeys(frame.stream))
     with paper_style():
-        fig, axes = plt.subplots(1, len(streams), figsize=(6.85, 2.4), squeeze=False)
+        fig, axes = plt.subplots(1, len(streams), figsize=(6.85, 2.8), squeeze=False)
         for ax, stream in zip(axes[0], streams):
-            for name, g in frame[frame.stream == stream].groupby('selector', sort=False):
-                by = g.groupby('fraction')
+            for name in (n for n in KINDS if n in set(frame.selector)):
+                by = frame[(frame.stream == stream) & (frame.selector == name)].groupby('fraction')
                 mean, half = np.array([t_interval(x) for _, x in by.accuracy]).T
                 look = KINDS[name]
                 ax.errorbar(by.pflop.mean(), mean, np.nan_to_num(half), color=look.colour, ls=look.line, marker='o', ms=2.5, lw=1.5 if name == 'ssis' else 0.8, elinewidth=0.6, label=look.label)
-            ax.set(xlabel='training and scoring (PFLOP)', title=TITLES[stream], xlim=(0, None), ylim=(0, None))
+            ax.set(xlabel='training and scoring (PFLOP)', title=TITLES[stream], xlim=(0, None))
         axes[0][0].set_ylabel('right tool, held-out queries')
         fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=6)
     return fig
@@ -71,13 +71,13 @@ def coreset_figure(
 def coreset_table(
     frame:pd.DataFrame, differences:pd.DataFrame, # as from `coreset_differences`
 )->pd.DataFrame: # of LaTeX cells; a row a selector, columns (stream, part)
-    "Accuracy in percent, mean and interval over seeds; bold where the paired interval against random lies above 0, a minus where it lies below"
-    better = {(d.stream, d.fraction, d.selector): (d.low > 0, d.high < 0) for d in differences[differences.against == 'random'].itertuples()}
+    "Accuracy in percent, mean and interval over seeds; bold where the paired interval against random lies above 0, a minus where it lies below, a star where p is below 0.05"
+    better = {(d.stream, d.fraction, d.selector): (d.low > 0, d.high < 0, d.p < 0.05) for d in differences[differences.against == 'random'].itertuples()}
     out = {}
     for (stream, fraction, name), g in frame.groupby(['stream', 'fraction', 'selector'], sort=False):
-        up, down = better.get((stream, fraction, name), (False, False))
+        up, down, sure = better.get((stream, fraction, name), (False, False, False))
         text = cell(100*g.accuracy, 1)
-        out.setdefault((stream, fraction), {})[name] = f'\\textbf{{{text}}}' if up else text + '$^-$'*bool(down)
+        out.setdefault((stream, fraction), {})[name] = (f'\\textbf{{{text}}}' if up else text + '$^-$'*bool(down)) + '$^*$'*bool(sure)
     names = [n for n in KINDS if n in set(frame.selector)]
     return pd.DataFrame(out).reindex(names).fillna('---').rename(index={n: KINDS[n].label for n in names})[sorted(out, key=lambda k: (list(dict.fromkeys(frame.stream)).index(k[0]), k[1]))]
 
@@ -90,7 +90,7 @@ def coreset_latex(
     streams = list(dict.fromkeys(stream for stream, _ in table.columns))
     width = {x: sum(stream == x for stream, _ in table.columns) for x in streams}
     heads = ['& ' + ' & '.join(f'\\multicolumn{{{width[x]}}}{{c}}{{{TITLES[x]}}}' for x in streams) + r' \\', '& ' + ' & '.join(f'{100*f:.0f}\\%' for _, f in table.columns) + r' \\']
-    note = f'Percent of held-out queries with the right tool, mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, by part of the stream that is kept. Bold: above random, query by query, by an interval that excludes 0; $^-$: below. Profile {s.profile}.'
+    note = f'Percent of held-out queries with the right tool, mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, by part of the stream that is kept. Bold: above random, query by query, by an interval that excludes 0; $^-$: below; $^*$: also with $p<0.05$ after correction by Holm over all of the table. Profile {s.profile}.'
     return to_latex(table, heads, note)
 
 # %% ../nbs/39_coreset_report.ipynb #1d3f6287
@@ -123,17 +123,34 @@ def ablation_latex(
     note = f'Percent of held-out queries with the right tool after keeping {100*s.ablation_fraction:.0f}\\% of the stream, mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, and points above a random part with the paired 95\\% interval over tools. Profile {s.profile}.'
     return to_latex(pd.DataFrame(rows).T, heads, note)
 
+# %% ../nbs/39_coreset_report.ipynb #79cea5fe
+def term_agreement(
+    records, # of the selectors
+)->dict: # stream → [n_terms, n_terms]
+    "Spearman's correlations between SSIS's terms, mean over parts and seeds"
+    of = {}
+    for r in records:
+        if r['spec']['selector'] == 'ssis': of.setdefault(r['spec']['stream'], []).append(r['result']['correlations'])
+    return {stream: np.mean(x, 0) for stream, x in of.items()}
+
 # %% ../nbs/39_coreset_report.ipynb #0bad8c37
 _PARTS = {0.1: 'Tenth', 0.3: 'ThreeTenths', 0.5: 'Half', 1.: 'All'}
 
 def coreset_numbers(
-    frame:pd.DataFrame, differences:pd.DataFrame, s:Coreset,
+    frame:pd.DataFrame, differences:pd.DataFrame,
+    apart:pd.DataFrame, # as from `ablation_frame`
+    agreement:dict,     # as from `term_agreement`
+    s:Coreset,
 )->dict: # macro name → text
     "All numbers that the paper's sentences on coresets use"
     name = lambda stream, fraction, selector: macro_name(f'coreset_{stream}') + _PARTS[fraction] + macro_name(selector)
     out = {'CoresetSeeds': str(len(s.seeds))} | {name(*k): percent(g.accuracy.mean()) for k, g in frame.groupby(['stream', 'fraction', 'selector'], sort=False)}
     for d in differences.itertuples():
         out[name(d.stream, d.fraction, d.selector) + 'Over' + macro_name(d.against)] = latex_difference(d.difference, d.low, d.high)
+    for a in apart.itertuples(): out[macro_name(f'coreset_{a.stream}_{a.variant.replace("+", "_")}') + 'OverRandom'] = latex_difference(a.difference, a.low, a.high)
+    gains = differences[(differences.selector == 'ssis') & (differences.against == 'random') & (differences.fraction == 0.5)]
+    for d in gains.itertuples(): out[name(d.stream, d.fraction, 'ssis') + 'Gain'] = f'{100*d.difference:.1f}'
+    for stream, rho in agreement.items(): out[macro_name(f'coreset_{stream}') + 'UncertaintyRisk'] = f'{rho[0, 2]:.2f}'
     return out
 
 # %% ../nbs/39_coreset_report.ipynb #2ebff5ae
@@ -150,8 +167,8 @@ def write_coreset(
     records = sorted(records, key=lambda r: r['key'])
     frame, found, out = coreset_frame(records), coreset_differences(records), Artefacts(s.profile, root)
     fig = coreset_figure(frame)
-    both = sorted(records + apart, key=lambda r: r['key'])
+    both, taken = sorted(records + apart, key=lambda r: r['key']), ablation_frame(ablations, records, s)
     made = [('figures', 'coreset.pdf', figure_bytes(fig), records), ('tables', 'coreset.tex', coreset_latex(coreset_table(frame, found), s), records),
-            ('tables', 'coreset_ablation.tex', ablation_latex(ablation_frame(ablations, records, s), s), both), ('tables', 'coreset_numbers.tex', macros(coreset_numbers(frame, found, s)), records)]
+            ('tables', 'coreset_ablation.tex', ablation_latex(taken, s), both), ('tables', 'coreset_numbers.tex', macros(coreset_numbers(frame, found, taken, term_agreement(records), s)), both)]
     plt.close(fig)
     return [out.write(kind, name, content, made_from, 'exp_coreset') for kind, name, content, made_from in made]

@@ -11,10 +11,10 @@ __all__ = ['PAIRS', 'COLUMNS', 'BOLD', 'STREAMING_HEADS', 'CAVEAT', 'streaming_f
 import numpy as np, pandas as pd
 from .config import Streaming
 from .records import unbits
-from .report import (AXES, LOOKS, Artefacts, cell, check_complete, clearly_best, curve_frame, draw_curves, figure_bytes, item_means,
+from .report import (AXES, LOOKS, Artefacts, ReportError, cell, check_runs, clearly_best, curve_frame, draw_curves, figure_bytes, item_means,
                                latex_number, latex_p, macro_name, macros, paper_style, percent, to_latex)
 from .statistics import anytime_average, first_reached, holm, paired_bootstrap, t_interval
-from .streaming_runs import LATE, STREAMING_METHODS, tuned_rates
+from .streaming_runs import LATE, STREAMING_METHODS, streaming_specs, tuned_rates
 
 # %% ../nbs/33_streaming_report.ipynb #beed5e84
 def streaming_figure(records):
@@ -170,7 +170,7 @@ def write_streaming(
 )->list: # of paths
     "Check the records, then write figure, tables and numbers of the streaming experiment"
     import matplotlib.pyplot as plt
-    check_complete(records, STREAMING_METHODS, s.seeds)
+    check_runs(records, streaming_specs(s))
     records = sorted(records, key=lambda r: (r['spec']['seed'], STREAMING_METHODS.index(r['spec']['method'])))
     out, fig = Artefacts(s.profile, root), streaming_figure(records)
     parts = [('figures', 'streaming.pdf', figure_bytes(fig), records), ('tables', 'streaming.tex', streaming_latex(records, s), records),

@@ -1,5 +1,5 @@
 "Report: figures, tables and rates are those of the committed records, and no table hides what is missing"
-import itertools, json, re, shutil
+import json, re, shutil
 
 import pytest
 
@@ -7,7 +7,7 @@ from conftest import ROOT
 from sage_paper.config import load_settings
 from sage_paper.streaming_runs import STREAMING_METHODS, STREAMING_VERSION, streaming_specs, tuned_rates, tuning_specs
 from sage_paper.records import read_record, record_key, runs_dir
-from sage_paper.report import Artefacts, ReportError, check_complete, check_manifest
+from sage_paper.report import Artefacts, ReportError, check_manifest, check_runs
 from sage_paper.efficiency_report import check_efficiency
 from sage_paper.streaming_report import write_streaming
 
@@ -57,20 +57,22 @@ def test_the_tuned_rate_is_the_best_at_the_end_on_average():
     assert tuned_rates([run(m, k, end, lr=lr) for (m, lr), both in ends.items() for k, end in enumerate(both)]) == {'a': 1e-4, 'b': 2e-4}
 
 
-FULL = [run(m, s) for m, s in itertools.product(STREAMING_METHODS, PAPER.seeds)]
-FIRST = PAPER.seeds[0]
+SPECS = streaming_specs(PAPER)
+FULL = [dict(key=record_key('streaming', STREAMING_VERSION, x), spec=x) for x in SPECS]
+def other(r, **spec): return r | dict(spec=r['spec'] | spec)
 SPOILT = {
-    'a seed is missing': (FULL[1:], f'batch_full seed {FIRST}'),
-    'a method is missing': ([r for r in FULL if r['spec']['method'] != 'streaming_coreset'], f'streaming_coreset seed {FIRST}'),
+    'a seed is missing': (FULL[1:], '1 of 12 runs have no record'),
+    'a method is missing': ([r for r in FULL if r['spec']['method'] != 'streaming_coreset'], '3 of 12 runs have no record'),
     'a run stands twice': (FULL + FULL[:1], 'two records'),
-    'another profile': ([run('batch_full', FIRST, n_tools=8)] + FULL[1:], 'different settings'),
-    'another split': ([run('batch_full', FIRST, split='tuning')] + FULL[1:], 'different settings'),
-    'one too many': (FULL + [run('batch_full', 77)], 'not asked for'),
-    'nothing': ([], f'batch_full seed {FIRST}'),
+    'another profile': ([other(FULL[0], n_tools=8)] + FULL[1:], '1 of 12 runs have no record'),
+    'another split': ([other(FULL[0], split='tuning')] + FULL[1:], '1 of 12 runs have no record'),
+    'one too many': (FULL + [other(FULL[0], seed=77)], '1 records were not asked for'),
+    'nothing': ([], '12 of 12 runs have no record'),
 }
 
 
-def test_a_complete_set_is_taken(): assert check_complete(FULL, STREAMING_METHODS, PAPER.seeds) == check_complete(FULL[::-1], STREAMING_METHODS, PAPER.seeds)
+def test_a_complete_set_is_taken():
+    for records in (FULL, FULL[::-1]): check_runs(records, SPECS)
 
 
 @pytest.mark.parametrize('records,named', SPOILT.values(), ids=SPOILT)
