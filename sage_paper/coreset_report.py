@@ -145,6 +145,7 @@ def coreset_numbers(
     "All numbers that the paper's sentences on coresets use"
     name = lambda stream, fraction, selector: macro_name(f'coreset_{stream}') + _PARTS[fraction] + macro_name(selector)
     out = {'CoresetSeeds': str(len(s.seeds))} | {name(*k): percent(g.accuracy.mean()) for k, g in frame.groupby(['stream', 'fraction', 'selector'], sort=False)}
+    out |= {name(*k) + 'Loss': f'{g.nll.mean():.2f}' for k, g in frame.groupby(['stream', 'fraction', 'selector'], sort=False)}
     for d in differences.itertuples():
         out[name(d.stream, d.fraction, d.selector) + 'Over' + macro_name(d.against)] = latex_difference(d.difference, d.low, d.high)
     for a in apart.itertuples(): out[macro_name(f'coreset_{a.stream}_{a.variant.replace("+", "_")}') + 'OverRandom'] = latex_difference(a.difference, a.low, a.high)
