@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from conftest import ROOT
 from sage_paper.config import Streaming, load_settings
-from sage_paper.streaming_runs import streaming_spec
+from sage_paper.streaming_runs import STREAMING_METHODS, streaming_spec
 from sage_paper.records import RecordError, read_record, record_key, run_or_load, sweep
 
 SPEC = dict(method='batch_full', seed=0, lr=1e-3, ssis=[0.4, 0.3], data=dict(name='x', n=3))
@@ -126,7 +126,8 @@ def test_the_key_depends_on_every_value(spec, data):
 
 
 NOT_OF_A_RUN = {'profile', 'seeds', 'tuning_seeds', 'jobs', 'lr_grid', 'lr_batch_full', 'lr_batch_50pct', 'lr_streaming_full', 'lr_streaming_coreset'}
-BASE = load_settings('streaming', 'smoke', ROOT/'settings.ini')
+OF_SSIS = {'ssis', 'scale', 'sharpness', 'priority_exponent'}   # of the one method that selects
+BASE = load_settings('streaming', 'smoke', ROOT/'settings.ini', epochs=4)
 
 
 def another(name, value, folder):
@@ -134,15 +135,16 @@ def another(name, value, folder):
     if name == 'model':
         (folder/'model.safetensors').write_bytes(b'weights')
         return str(folder)
-    if isinstance(value, str): return next(v for v in dict(stream=['toolstream'], split=['tuning'], precision=['fp32', 'bf16']).get(name, [value + 'x']) if v != value)
+    if isinstance(value, str): return next(v for v in dict(stream=['toolstream'], split=['tuning'], precision=['fp32', 'bf16'], scale=['quantile']).get(name, [value + 'x']) if v != value)
     return tuple(reversed(value)) + (9,) if isinstance(value, tuple) else value/2 if isinstance(value, float) else value + 1
 
 
 @pytest.mark.parametrize('name', [f.name for f in dataclasses.fields(Streaming)])
 def test_a_run_is_named_by_every_setting_it_depends_on(tmp_path, name):
     changed = dataclasses.replace(BASE, **{name: another(name, getattr(BASE, name), tmp_path)})
-    a, b = (record_key('streaming', 1, streaming_spec(s, 'batch_full', 0, 1e-4)) for s in (BASE, changed))
-    assert (a == b) == (name in NOT_OF_A_RUN)
+    for method in STREAMING_METHODS:
+        a, b = (record_key('streaming', 1, streaming_spec(s, method, 0, 1e-4)) for s in (BASE, changed))
+        assert (a == b) == (name in NOT_OF_A_RUN | (set() if method == 'streaming_coreset' else OF_SSIS))
 
 
 def test_a_run_is_named_by_method_seed_rate_and_split():
