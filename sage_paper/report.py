@@ -29,7 +29,10 @@ def check_runs(
     "Raises `ReportError` unless there is exactly one record for each run that is asked for"
     have, wanted = [canonical(r['spec']) for r in records], [canonical(x) for x in specs]
     if len(have) != len(set(have)): raise ReportError('two records of the same run')
-    if missing := set(wanted) - set(have): raise ReportError(f'{len(missing)} of {len(wanted)} runs have no record')
+    if missing := [x for x, text in zip(specs, wanted) if text not in have]:
+        differ = {k for k in missing[0] if len({canonical(y[k]) for y in specs if k in y}) > 1}
+        named = [' '.join(f'{k} {x[k]}' for k in x if k in differ) for x in missing]
+        raise ReportError(f'{len(missing)} of {len(wanted)} runs have no record: ' + '; '.join(named))
     if extra := set(have) - set(wanted): raise ReportError(f'{len(extra)} records were not asked for')
 
 # %% ../nbs/31_report.ipynb #4fcfae94

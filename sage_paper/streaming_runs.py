@@ -94,7 +94,6 @@ def _train(lm, s, spec, train, order, curves):
         buffer, selector = ImportanceBuffer(s.buffer_size, s.priority_exponent, seed=seed), SSIS(s.coreset_fraction, s.ssis, s.sharpness, seed, scale=s.scale)
     train_stream(trainer, train, order, s.batch_size, buffer, curves, selector)
 
-
 # %% ../nbs/32_streaming_runs.ipynb #dd0de37b
 def run_streaming(
     spec:dict, # as from `streaming_spec`
