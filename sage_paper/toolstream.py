@@ -159,13 +159,13 @@ def _rank(text): return hashlib.sha256(text.encode()).hexdigest()
 def phase_tools(
     tools:dict,      # as from `fair_samples`
     phase:int, n_tools:int,
-    split='report',  # 'tuning': the tools that come after the reported ones
+    split='report',  # 'tuning': other tools, which come after all that are reported
 )->list: # tools in order of their date
     "The tools of a phase, oldest first; raises `ValueError` if there are too few"
     lo, hi = PHASES[phase]
     pool = [t for t, (day, ss) in tools.items() if day and lo <= day < hi and len(ss) >= 4]
     pool.sort(key=(lambda t: _rank(t)) if phase == 1 else (lambda t: (tools[t][0], t)), reverse=phase == 2)
-    start = dict(report=0, tuning=1000)[split]
+    start = dict(report=0, tuning={1: 1000, 2: 400}[phase])[split]
     chosen = pool[start:start + n_tools]
     if len(chosen) < n_tools: raise ValueError(f'phase {phase} has {len(pool)} tools; {start + n_tools} were asked for')
     return sorted(chosen, key=lambda t: (tools[t][0], t))

@@ -10,7 +10,7 @@ __all__ = ['Budget', 'Stopwatch', 'trapezoid', 'Trainer', 'Learnt', 'gradient_pa
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
@@ -71,11 +71,13 @@ class Trainer:
         weight_decay=0.01, max_norm=1.,
         unit='samples', # of the total; or 'tokens'
         after_backward=(), # called without arguments between a step's backward pass and its clipping: what a strategy does to the gradients
+        extra_loss=None,   # (`Forward`, `Batch`, further tensors given to `step`) → a scalar: what a strategy adds to the loss
     ):
         if unit not in ('samples', 'tokens'): raise ValueError(f'unit = {unit!r}: known are samples, tokens')
         self.lm, self.lr, self.total, self.unit, self.max_norm = lm, lr, total, unit, max_norm
         self.warmup, self.cooldown = warmup, cooldown
-        self.shape, self.budget, self.watch, self.after_backward = shape(lm), Budget(), Stopwatch(lm.device), after_backward
+        self.shape, self.budget, self.watch, self.start = shape(lm), Budget(), Stopwatch(lm.device), 0
+        self.after_backward, self.extra_loss = after_backward, extra_loss
         lm.model.eval()   # no dropout: a seed decides on data alone
         if on_gpu := lm.device.type == 'cuda': lm.fuse()
         self.rate = torch.tensor(lr, device=lm.device)   # a tensor, since a graph would keep a number
@@ -107,10 +109,13 @@ def fitting(self:Trainer, encoded)->int:
 @patch
 def _learn(self:Trainer, *tensors):
     "From a batch's tensors and the samples' weights to a step of the optimizer; what it met: nll, embedding and gradient of each sample"
-    batch, weights = Batch(*tensors[:-1]), tensors[-1]
+    n = len(fields(Batch)) - 1   # all but the number of tokens
+    batch, weights, extra = Batch(*tensors[:n]), tensors[n], tensors[n + 1:]
     f = forward(self.lm, batch)
     f.hidden.retain_grad()
-    (weights*f.nll).mean().backward()
+    loss = (weights*f.nll).mean()
+    if self.extra_loss: loss = loss + self.extra_loss(f, batch, *extra)
+    loss.backward()
     for change in self.after_backward: change()
     torch.nn.utils.clip_grad_norm_(self.lm.model.parameters(), self.max_norm)
     self.opt.step()
@@ -128,18 +133,27 @@ class Learnt(NamedTuple):
 def step(self:Trainer,
     encoded:list,    # of `Encoded`
     weights=None,    # [B], > 0, factors on the samples' losses; None: 1
+    extra=(),        # tensors for the trainer's `extra_loss`
 )->Learnt:
     "Train on a batch"
     # the middle of the step, so that neither the first nor the last one has a rate of 0
-    progress = (self.spent + self.sizes(encoded).sum()/2)/self.total
+    progress = (self.spent - self.start + self.sizes(encoded).sum()/2)/(self.total - self.start)
     self.rate.fill_(self.lr*trapezoid(progress, self.warmup, self.cooldown))
     batch = self.lm.collate(encoded)
     weights = torch.ones(len(encoded)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-    learnt = Learnt(*self.learn(*batch.tensors, weights))
+    learnt = Learnt(*self.learn(*batch.tensors, weights, *extra))
     self.budget.samples += len(encoded)
     self.budget.tokens += batch.n_tokens
     self.budget.flops += 3*forward_flops(self.shape, encoded)
     return learnt
+
+# %% ../nbs/25_trainers.ipynb #5530d0f2
+@patch
+def phase(self:Trainer,
+    total:int, # in the trainer's unit
+):
+    "Begin another phase, when the last one is over or is to be"
+    self.start, self.total = self.spent, self.spent + total
 
 # %% ../nbs/25_trainers.ipynb #66d8915b
 def gradient_pass(
