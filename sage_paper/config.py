@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SettingsError', 'find_root', 'Profile', 'in_range', 'Streaming', 'Challenges', 'Efficiency', 'Coreset',
-           'accepted', 'convert', 'typed', 'read_ini', 'load_settings', 'notebook_parameters', 'notebook_settings']
+           'Continual', 'accepted', 'convert', 'typed', 'read_ini', 'load_settings', 'notebook_parameters',
+           'notebook_settings']
 
 # %% ../nbs/00_config.ipynb #e45e1cd1
 import configparser, dataclasses, difflib, os, typing
@@ -170,8 +171,53 @@ class Coreset(Profile):
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
         if len(self.lr) != len(self.streams): raise SettingsError(f'lr = {self.lr!r}: expected one for each of the {len(self.streams)} streams')
 
+# %% ../nbs/00_config.ipynb #62668d8d
+@dataclass(frozen=True)
+class Continual(Profile):
+    "Settings of `exp_continual`"
+    streams: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...]
+    n_old: tuple[int, ...]           # tools learnt first, on each stream
+    n_new: tuple[int, ...]           # tools that arrive later
+    rounds: tuple[int, ...]          # in which these arrive
+    train_per_tool: tuple[int, ...]  # most training queries a tool has
+    test_per_tool: tuple[int, ...]   # most held-out queries
+    lr_first: tuple[float, ...]      # of learning the old tools, and of the bounds
+    epochs_first: int                # passes over the old tools' queries
+    strategies: tuple[Literal['finetune', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage'], ...]
+    ablations: tuple[Literal['logits', 'slow', 'ratio', 'priority', 'balance'], ...]   # what SAGE is run without
+    orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
+    epochs: int                      # samples trained on for each new one, replay included
+    batch_size: int                  # samples a step
+    buffer_size: int                 # samples that a memory holds
+    buffers: tuple[int, ...]         # other sizes
+    buffer_strategies: tuple[Literal['er', 'sure', 'der', 'sage'], ...]   # that are run with these
+    n_fisher: int                    # samples of a round that the Fisher information is taken from
+    replay_ratio: float              # part of a step that A-GEM, DER++ and SAGE without its own ratio take from memory
+    logit_weight: float              # of SAGE: weight of the distance to remembered logits
+    gain: float                      # of SAGE: how much more a nat of forgetting counts than a nat of drift
+    share: tuple[float, ...]         # of SAGE: least and largest part of a step from memory
+    ssis: tuple[float, ...]          # the weights alpha, beta, gamma, of SAGE with SSIS's memory
+    sharpness: float                 # the same
+    warmup: float                    # part of a round over which the learning rate rises
+    cooldown: float                  # part of a round over which it falls
+    eval_batch_size: int             # queries a forward pass when evaluating
+    level_queries: int               # old held-out queries whose answers are written out, before and after
+    max_new_tokens: int              # longest of these answers
+    text: Literal['sageworld', 'ultratool']   # where the plain text comes from
+    text_queries: int                # sentences of it
+    grid: tuple[str, ...]            # what is tried on tuning queries: strategy:rate, or strategy:rate:knob
+    chosen: tuple[str, ...]          # what came out best for each strategy
+
+    def __post_init__(self):
+        for f in ('n_old', 'n_new', 'rounds', 'train_per_tool', 'test_per_tool', 'lr_first'):
+            if len(getattr(self, f)) != len(self.streams): raise SettingsError(f'{f} = {getattr(self, f)!r}: expected one for each of the {len(self.streams)} streams')
+        in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
+        in_range(self, ('replay_ratio', 'warmup', 'cooldown'), lambda x: 0 <= x <= 1, 'from 0 to 1')
+        in_range(self, ('logit_weight', 'gain', 'sharpness'), lambda x: x >= 0, '0 or more')
+        if len(self.share) != 2 or not 0 <= self.share[0] <= self.share[1] < 1: raise SettingsError(f'share = {self.share!r}: expected two numbers, rising, from 0 to below 1')
+
 # %% ../nbs/00_config.ipynb #ecdaed79
-EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset}
+EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual}
 
 # %% ../nbs/00_config.ipynb #2427a802
 def accepted(

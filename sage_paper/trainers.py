@@ -71,7 +71,7 @@ class Trainer:
         weight_decay=0.01, max_norm=1.,
         unit='samples', # of the total; or 'tokens'
         after_backward=(), # called without arguments between a step's backward pass and its clipping: what a strategy does to the gradients
-        extra_loss=None,   # (`Forward`, `Batch`, further tensors given to `step`) → a scalar: what a strategy adds to the loss
+        extra_loss=None,   # (`Forward`, `Batch`, further tensors, see `step`) → a scalar: what a strategy adds to the loss
     ):
         if unit not in ('samples', 'tokens'): raise ValueError(f'unit = {unit!r}: known are samples, tokens')
         self.lm, self.lr, self.total, self.unit, self.max_norm = lm, lr, total, unit, max_norm
@@ -133,7 +133,7 @@ class Learnt(NamedTuple):
 def step(self:Trainer,
     encoded:list,    # of `Encoded`
     weights=None,    # [B], > 0, factors on the samples' losses; None: 1
-    extra=(),        # tensors for the trainer's `extra_loss`
+    extra=None,      # `Batch` → tensors, for the trainer's `extra_loss`
 )->Learnt:
     "Train on a batch"
     # the middle of the step, so that neither the first nor the last one has a rate of 0
@@ -141,7 +141,7 @@ def step(self:Trainer,
     self.rate.fill_(self.lr*trapezoid(progress, self.warmup, self.cooldown))
     batch = self.lm.collate(encoded)
     weights = torch.ones(len(encoded)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-    learnt = Learnt(*self.learn(*batch.tensors, weights, *extra))
+    learnt = Learnt(*self.learn(*batch.tensors, weights, *(extra(batch) if extra else ())))
     self.budget.samples += len(encoded)
     self.budget.tokens += batch.n_tokens
     self.budget.flops += 3*forward_flops(self.shape, encoded)
