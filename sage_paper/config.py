@@ -183,7 +183,7 @@ class Continual(Profile):
     test_per_tool: tuple[int, ...]   # most held-out queries
     lr_first: tuple[float, ...]      # of learning the old tools, and of the bounds
     epochs_first: int                # passes over the old tools' queries
-    strategies: tuple[Literal['finetune', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage'], ...]
+    strategies: tuple[Literal['finetune', 'finetune_lora', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage', 'sage_lora'], ...]
     ablations: tuple[Literal['logits', 'slow', 'ratio', 'priority', 'balance'], ...]   # what SAGE is run without
     orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
     epochs: int                      # samples trained on for each new one, replay included
@@ -191,6 +191,11 @@ class Continual(Profile):
     buffer_size: int                 # samples that a memory holds
     buffers: tuple[int, ...]         # other sizes
     buffer_strategies: tuple[Literal['er', 'sure', 'der', 'sage'], ...]   # that are run with these
+    changing: tuple[Literal['sageworld', 'toolstream'], ...]   # streams whose tools are retired and changed too
+    changing_strategies: tuple[Literal['finetune', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage'], ...]
+    n_changed: int                   # old tools that are retired, and as many that change, in pairs
+    n_added: int                     # tools that come when others are retired
+    rank: int                        # of LoRA's matrices
     n_fisher: int                    # samples of a round that the Fisher information is taken from
     replay_ratio: float              # part of a step that A-GEM, DER++ and SAGE without its own ratio take from memory
     logit_weight: float              # of SAGE: weight of the distance to remembered logits
@@ -205,6 +210,8 @@ class Continual(Profile):
     max_new_tokens: int              # longest of these answers
     text: Literal['sageworld', 'ultratool']   # where the plain text comes from
     text_queries: int                # sentences of it
+    general: Literal['sageworld', 'bfcl']   # other tools, whose documents are given, called before and after
+    general_queries: int
     grid: tuple[str, ...]            # what is tried on tuning queries: strategy:rate, or strategy:rate:knob
     chosen: tuple[str, ...]          # what came out best for each strategy
 
@@ -214,6 +221,7 @@ class Continual(Profile):
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
         in_range(self, ('replay_ratio', 'warmup', 'cooldown'), lambda x: 0 <= x <= 1, 'from 0 to 1')
         in_range(self, ('logit_weight', 'gain', 'sharpness'), lambda x: x >= 0, '0 or more')
+        in_range(self, ('n_changed',), lambda x: x % 2 == 0, 'that is even, since tools change in pairs')
         if len(self.share) != 2 or not 0 <= self.share[0] <= self.share[1] < 1: raise SettingsError(f'share = {self.share!r}: expected two numbers, rising, from 0 to below 1')
 
 # %% ../nbs/00_config.ipynb #ecdaed79

@@ -4,27 +4,28 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'Phase', 'Strategy', 'shuffled', 'learn_phases', 'Held', 'Replay', 'score_all', 'TopBuffer', 'SureReplay',
-           'Springs', 'Projected']
+           'Springs', 'Projected', 'with_adapters']
 
-# %% ../nbs/28_continual.ipynb #580c4796
+# %% ../nbs/28_continual.ipynb #123db8b9
 from typing import NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
 from .agem import AGEM
 from .ewc import EWC, diagonal_fisher
-from .model import Encoded, forward_flops
+from .model import LM, Encoded, forward_flops
 from .replay import Buffer, Draw, ReservoirBuffer
 from .selectors import Seen, see
 from .trainers import Later, Learnt, Trainer
 
-# %% ../nbs/28_continual.ipynb #150538f7
+# %% ../nbs/28_continual.ipynb #65047f30
 class Phase(NamedTuple):
     "Samples that arrive together"
     samples: list   # of `Encoded`, in order of arrival
     groups: list    # of str, what each belongs to, such as its tool
     total: int      # trained on before the next phase comes, in the trainer's unit
+    stale: frozenset = frozenset()   # groups of which what came before is not true any more
 
-# %% ../nbs/28_continual.ipynb #56e973f5
+# %% ../nbs/28_continual.ipynb #81f9747e
 NOTHING = Draw(np.zeros(0, int), [], np.ones(0))
 
 class Strategy:
@@ -32,6 +33,8 @@ class Strategy:
     extra_loss = None   # for the trainer
 
     def begin(self, trainer:Trainer): self.trainer, self.lm = trainer, trainer.lm
+
+    def before_phase(self, phase:Phase): "A phase begins"
 
     def share(self)->float: return 0.   # part of the next step that comes from memory, in [0, 1)
 
@@ -46,7 +49,7 @@ class Strategy:
 
     def state(self)->dict: return {}    # for the record, of JSON's types
 
-# %% ../nbs/28_continual.ipynb #02b1c717
+# %% ../nbs/28_continual.ipynb #24656299
 def shuffled(n:int, rng):
     "Indices without end: pass after pass, each in a new order"
     while True: yield from rng.permutation(n)
@@ -63,11 +66,12 @@ def learn_phases(
     with trainer.watch:
         for phase in phases:
             trainer.phase(phase.total)
+            strategy.before_phase(phase)
             _learn_phase(trainer, strategy, phase, batch_size, rng)
             strategy.after_phase(phase)
             with trainer.watch.paused(): evaluate()
 
-# %% ../nbs/28_continual.ipynb #e5b44d81
+# %% ../nbs/28_continual.ipynb #bcc21da2
 def _learn_phase(trainer, strategy, phase, batch_size, rng):
     "The steps of one phase"
     order, each, open_step = shuffled(len(phase.samples), rng), trainer.sizes(phase.samples).mean(), None
@@ -81,7 +85,7 @@ def _learn_phase(trainer, strategy, phase, batch_size, rng):
 
 def _settle(strategy, n_new, drawn, told): strategy.after_step(n_new, drawn, Learnt(*told.get()))
 
-# %% ../nbs/28_continual.ipynb #a6680bc1
+# %% ../nbs/28_continual.ipynb #802c4e11
 class Held(NamedTuple):
     "What a memory holds of a sample"
     encoded: Encoded
@@ -96,6 +100,8 @@ class Replay(Strategy):
         if not 0 <= ratio < 1: raise ValueError(f'ratio = {ratio}: it is part of a step, from 0 to below 1')
         self.buffer, self.ratio, self.n_phases = buffer, ratio, 0
 
+    def before_phase(self, phase): self.buffer.discard(lambda h: h.group in phase.stale)
+
     def share(self): return self.ratio if len(self.buffer) else 0.
 
     def draw(self, n): return self.buffer.draw(n)
@@ -104,7 +110,7 @@ class Replay(Strategy):
         for e, g in zip(phase.samples, phase.groups): self.buffer.add(Held(e, g, self.n_phases))
         self.n_phases += 1
 
-# %% ../nbs/28_continual.ipynb #084f5374
+# %% ../nbs/28_continual.ipynb #b33d27e1
 def score_all(
     trainer:Trainer, encoded:list, # of `Encoded`
     needs=('nll',), # fields of `Seen`
@@ -118,7 +124,7 @@ def score_all(
     b.flops += forward_flops(trainer.shape, encoded)
     return Seen(**{f: np.concatenate([getattr(p, f) for p in parts])[np.argsort(order)] for f in needs}, length=np.array([e.n_answer for e in encoded]))
 
-# %% ../nbs/28_continual.ipynb #21a2a2f3
+# %% ../nbs/28_continual.ipynb #9de195d3
 class TopBuffer(Buffer):
     "The most important items added so far; what is replayed is drawn uniformly"
     def __init__(self, capacity:int, seed=0):
@@ -131,7 +137,12 @@ class TopBuffer(Buffer):
         if len(self) < self.capacity: return self.items.append(item), self.importance.append(importance)
         if importance > self.importance[k := int(np.argmin(self.importance))]: self.items[k], self.importance[k] = item, importance
 
-# %% ../nbs/28_continual.ipynb #6df6e146
+    def discard(self, which):
+        "Drop items, since they are not true any more"
+        self.importance = [i for x, i in zip(self.items, self.importance) if not which(x)]
+        super().discard(which)
+
+# %% ../nbs/28_continual.ipynb #3933072b
 class SureReplay(Replay):
     "The memory holds the most surprising samples"
     def __init__(self, capacity:int, ratio:float, seed=0): super().__init__(TopBuffer(capacity, seed), ratio)
@@ -141,7 +152,7 @@ class SureReplay(Replay):
             self.buffer.add(Held(e, g, self.n_phases, nll), nll)
         self.n_phases += 1
 
-# %% ../nbs/28_continual.ipynb #1fd4000b
+# %% ../nbs/28_continual.ipynb #5a14090e
 class Springs(Strategy):
     "Elastic weight consolidation, per phase or online"
     def __init__(self,
@@ -162,7 +173,7 @@ class Springs(Strategy):
         b = self.trainer.budget
         b.scored_samples, b.scored_tokens, b.flops = b.scored_samples + len(some), b.scored_tokens + sum(len(e.ids) for e in some), b.flops + 3*forward_flops(self.trainer.shape, some)
 
-# %% ../nbs/28_continual.ipynb #9291f2cf
+# %% ../nbs/28_continual.ipynb #b7edc350
 class Projected(Replay):
     "A-GEM: steps on new samples that do not raise the loss of a batch from memory"
     def begin(self, trainer):
@@ -176,3 +187,15 @@ class Projected(Replay):
         b.samples, b.tokens = b.samples + len(held), b.tokens + sum(len(e.ids) for e in held)
         b.flops += 3*forward_flops(self.trainer.shape, held)
         return learnt
+
+# %% ../nbs/28_continual.ipynb #b1a6f820
+def with_adapters(
+    lm:LM,
+    rank:int, seed=0,
+)->LM: # the same
+    "Put low-rank adapters beside all linear layers but the head, and freeze the rest"
+    from peft import LoraConfig, inject_adapter_in_model
+    torch.manual_seed(seed)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2*rank, target_modules='all-linear'), lm.model)
+    lm.played, lm.fused = {}, True   # compiling the layers again takes longer than it saves
+    return lm

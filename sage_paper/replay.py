@@ -295,3 +295,18 @@ def load_state_dict(self:ImportanceBuffer, state:dict):
     for tree in (self.priorities, self.least, self.largest): tree.fill(state['priorities'])
     self.keys.fill(state['keys'])
     self.gumbel[:len(self)] = state['gumbel']
+
+# %% ../nbs/24_replay.ipynb #cb382cd6
+@patch
+def discard(self:Buffer,
+    which, # item → bool
+):
+    "Drop items, since they are not true any more"
+    self.items = [x for x in self.items if not which(x)]
+
+@patch
+def discard(self:ImportanceBuffer, which):
+    "Drop items, since they are not true any more"
+    stay, state = [not which(x) for x in self.items], self.state_dict()
+    left = {k: state[k][np.array(stay, bool)] for k in ('priorities', 'keys', 'gumbel')}
+    self.load_state_dict(state | left | dict(items=[x for x, s in zip(self.items, stay) if s]))
