@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SettingsError', 'find_root', 'Profile', 'in_range', 'Streaming', 'Challenges', 'Efficiency', 'Coreset',
-           'Continual', 'accepted', 'convert', 'typed', 'read_ini', 'load_settings', 'notebook_parameters',
+           'Arrivals', 'Continual', 'accepted', 'convert', 'typed', 'read_ini', 'load_settings', 'notebook_parameters',
            'notebook_settings']
 
 # %% ../nbs/00_config.ipynb #e45e1cd1
@@ -173,8 +173,8 @@ class Coreset(Profile):
 
 # %% ../nbs/00_config.ipynb #62668d8d
 @dataclass(frozen=True)
-class Continual(Profile):
-    "Settings of `exp_continual`"
+class Arrivals(Profile):
+    "What arrives in `exp_continual`, and what is asked"
     streams: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...]
     n_old: tuple[int, ...]           # tools learnt first, on each stream
     n_new: tuple[int, ...]           # tools that arrive later
@@ -183,18 +183,35 @@ class Continual(Profile):
     test_per_tool: tuple[int, ...]   # most held-out queries
     lr_first: tuple[float, ...]      # of learning the old tools, and of the bounds
     epochs_first: int                # passes over the old tools' queries
+    orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
+    changing: tuple[Literal['sageworld', 'toolstream'], ...]   # streams whose tools are retired and changed too
+    n_changed: int                   # old tools that are retired, and as many that change, in pairs
+    n_added: int                     # tools that come when others are retired
+    eval_batch_size: int             # queries a forward pass when evaluating
+    level_queries: int               # old held-out queries whose answers are written out, before and after
+    max_new_tokens: int              # longest of these answers
+    text: Literal['sageworld', 'ultratool']   # where the plain text comes from
+    text_queries: int                # sentences of it
+    general: Literal['sageworld', 'bfcl']   # other tools, whose documents are given, called before and after
+    general_queries: int
+
+    def __post_init__(self):
+        for f in ('n_old', 'n_new', 'rounds', 'train_per_tool', 'test_per_tool', 'lr_first'):
+            if len(getattr(self, f)) != len(self.streams): raise SettingsError(f'{f} = {getattr(self, f)!r}: expected one for each of the {len(self.streams)} streams')
+        in_range(self, ('n_changed',), lambda x: x % 2 == 0, 'that is even, since tools change in pairs')
+
+# %% ../nbs/00_config.ipynb #927a7952
+@dataclass(frozen=True)
+class Continual(Arrivals):
+    "Settings of `exp_continual`"
     strategies: tuple[Literal['finetune', 'finetune_lora', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage', 'sage_lora'], ...]
     ablations: tuple[Literal['logits', 'slow', 'ratio', 'priority', 'balance'], ...]   # what SAGE is run without
-    orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
     epochs: int                      # samples trained on for each new one, replay included
     batch_size: int                  # samples a step
     buffer_size: int                 # samples that a memory holds
     buffers: tuple[int, ...]         # other sizes
     buffer_strategies: tuple[Literal['er', 'sure', 'der', 'sage'], ...]   # that are run with these
-    changing: tuple[Literal['sageworld', 'toolstream'], ...]   # streams whose tools are retired and changed too
     changing_strategies: tuple[Literal['finetune', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage'], ...]
-    n_changed: int                   # old tools that are retired, and as many that change, in pairs
-    n_added: int                     # tools that come when others are retired
     rank: int                        # of LoRA's matrices
     n_fisher: int                    # samples of a round that the Fisher information is taken from
     replay_ratio: float              # part of a step that A-GEM, DER++ and SAGE without its own ratio take from memory
@@ -205,23 +222,14 @@ class Continual(Profile):
     sharpness: float                 # the same
     warmup: float                    # part of a round over which the learning rate rises
     cooldown: float                  # part of a round over which it falls
-    eval_batch_size: int             # queries a forward pass when evaluating
-    level_queries: int               # old held-out queries whose answers are written out, before and after
-    max_new_tokens: int              # longest of these answers
-    text: Literal['sageworld', 'ultratool']   # where the plain text comes from
-    text_queries: int                # sentences of it
-    general: Literal['sageworld', 'bfcl']   # other tools, whose documents are given, called before and after
-    general_queries: int
     grid: tuple[str, ...]            # what is tried on tuning queries: strategy:rate, or strategy:rate:knob
     chosen: tuple[str, ...]          # what came out best for each strategy
 
     def __post_init__(self):
-        for f in ('n_old', 'n_new', 'rounds', 'train_per_tool', 'test_per_tool', 'lr_first'):
-            if len(getattr(self, f)) != len(self.streams): raise SettingsError(f'{f} = {getattr(self, f)!r}: expected one for each of the {len(self.streams)} streams')
+        super().__post_init__()
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
         in_range(self, ('replay_ratio', 'warmup', 'cooldown'), lambda x: 0 <= x <= 1, 'from 0 to 1')
         in_range(self, ('logit_weight', 'gain', 'sharpness'), lambda x: x >= 0, '0 or more')
-        in_range(self, ('n_changed',), lambda x: x % 2 == 0, 'that is even, since tools change in pairs')
         if len(self.share) != 2 or not 0 <= self.share[0] <= self.share[1] < 1: raise SettingsError(f'share = {self.share!r}: expected two numbers, rising, from 0 to below 1')
 
 # %% ../nbs/00_config.ipynb #ecdaed79

@@ -8,7 +8,7 @@ __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'pick', 'old_and_later', 'run_row',
            'continual_chart', 'continual_table', 'continual_latex', 'side_effects', 'buffer_frame', 'changes_frame',
            'changes_latex', 'continual_numbers', 'write_continual']
 
-# %% ../nbs/41_continual_report.ipynb #ff487ff9
+# %% ../nbs/41_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
 from .config import Continual, load_settings
 from .continual_runs import BOUNDS, accuracy_matrix, continual_specs
@@ -18,14 +18,14 @@ from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_diff
                                paper_style, percent, to_latex)
 from .statistics import first_reached, holm, paired_bootstrap, t_interval
 
-# %% ../nbs/41_continual_report.ipynb #5a7846cd
+# %% ../nbs/41_continual_report.ipynb #b5541ed9
 STRATEGIES = dict(finetune=Look('fine-tuning', '#999999'), finetune_lora=Look('fine-tuning, LoRA', '#999999', (0, (1.2, 1))), ewc=Look('EWC', '#E69F00'), ewc_online=Look('EWC, online', '#E69F00', (0, (5, 1.5))),
                   agem=Look('A-GEM', '#56B4E9'), er=Look('replay', '#0072B2'), sure=Look('SuRe', '#CC79A7'), der=Look('DER++', '#009E73'), sage=Look('SAGE', '#D55E00'), sage_lora=Look('SAGE, LoRA', '#D55E00', (0, (1.2, 1))),
                   scratch=Look('new tools alone', '#000000', (0, (1.2, 1))), joint=Look('all at once', '#000000', (0, (5, 1.5))))
 STREAMS = dict(toolstream='ToolStream', metatool='MetaTool', sageworld='SageWorld')
 PARTS = dict(logits='without logits', slow='without going back', ratio='with a fixed ratio', priority='with uniform draws', balance="with SSIS's memory")
 
-# %% ../nbs/41_continual_report.ipynb #08977e46
+# %% ../nbs/41_continual_report.ipynb #bbb57983
 def pick(
     records, **wanted, # fields of a run's description
 )->list:
@@ -39,7 +39,7 @@ def old_and_later(
     "How both fare, row by row"
     return accuracy_matrix(result['rows'], (np.array(result['items']['part']) > 0).astype(int))
 
-# %% ../nbs/41_continual_report.ipynb #cb62af22
+# %% ../nbs/41_continual_report.ipynb #776ba514
 def run_row(
     record, bounds:dict, # name of a bound → the accuracies [parts] that its run of the same seed ends with
 )->dict:
@@ -59,7 +59,7 @@ def continual_frame(
     def bounds(r): return {name: np.array(x['result']['matrix'])[-1] for name in BOUNDS for x in pick(records, strategy=name, stream=r['spec']['stream'], seed=r['spec']['seed'])}
     return pd.DataFrame([run_row(r, bounds(r)) for r in records if r['spec']['protocol'] == 'rounds' and r['spec']['strategy'] not in BOUNDS])
 
-# %% ../nbs/41_continual_report.ipynb #11e21c19
+# %% ../nbs/41_continual_report.ipynb #e6af3c64
 def bound_frame(
     records,
 )->pd.DataFrame: # a row a run
@@ -67,7 +67,7 @@ def bound_frame(
     rows = [(r['spec'], old_and_later(r['result'])[-1], r['result']['budget']) for r in records if r['spec']['strategy'] in BOUNDS]
     return pd.DataFrame([dict({k: spec[k] for k in ('stream', 'strategy', 'seed')}, old=two[0], new=two[1], acc=two.mean(), pflop=b['flops']/1e15) for spec, two, b in rows])
 
-# %% ../nbs/41_continual_report.ipynb #d1603395
+# %% ../nbs/41_continual_report.ipynb #a497a81d
 def weighted_answers(
     records, # of one kind of run
 )->tuple: # [n], and the tools [n]
@@ -81,7 +81,7 @@ def weighted_answers(
     weight = np.where(part, len(part)/2/part.sum(), len(part)/2/(~part).sum())
     return (np.array([np.mean(right[i]) for i in ids])*weight)[order], np.array(tools)[order]
 
-# %% ../nbs/41_continual_report.ipynb #283d341e
+# %% ../nbs/41_continual_report.ipynb #d9972b09
 def ahead(a, b)->dict: # as from `paired_bootstrap`
     "How much the first kind of run is ahead of the second in the mean of old and new"
     (x, tools), (y, same) = weighted_answers(a), weighted_answers(b)
@@ -99,7 +99,7 @@ def continual_differences(
         rows += [dict(stream=stream, against='sage', without=w, **ahead(of('sage'), of('sage', w))) for w in s.ablations]
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p))
 
-# %% ../nbs/41_continual_report.ipynb #473e5575
+# %% ../nbs/41_continual_report.ipynb #9a210b99
 def forgetting_curves(
     records, s:Continual,
 )->pd.DataFrame: # a row a run and round
@@ -138,7 +138,7 @@ def _curve(ax, runs, which, look):
 
 def _level(ax, y, look): ax.axhline(y, color=look.colour, ls=look.line, lw=0.7, label=look.label)
 
-# %% ../nbs/41_continual_report.ipynb #cd9e3ba7
+# %% ../nbs/41_continual_report.ipynb #56a578cc
 def tool_curves(
     records, s:Continual,
     n_old=100, # old tools shown, those most often lost
@@ -166,10 +166,10 @@ def continual_chart(
     points = base.mark_point(size=40, filled=True).encode(x=alt.X('mean(end):Q', title='right at the end'), y=alt.Y('mean(lost):Q', title='lost since its best'), detail='tool:N', shape=alt.Shape('age:N', title=None),
                                               opacity=alt.condition(hover, alt.value(1), alt.value(0.25)), tooltip=['tool:N', 'age:N']).add_params(hover).properties(width=260, height=260, title='one point a tool')
     lines = base.transform_filter(hover).transform_flatten(['curve']).transform_window(round='row_number()', groupby=['tool', 'strategy']).transform_calculate(round='datum.round - 1').mark_line(point=True).encode(
-        x=alt.X('round:Q', title='rounds of new tools', axis=alt.Axis(tickMinStep=1, format='d')), y=alt.Y('curve:Q', title='right tool', scale=alt.Scale(domain=[0, 1])), color=colour, tooltip=['tool:N', 'strategy:N', 'round:Q', 'curve:Q']).add_params(pick_strategy).properties(width=320, height=260)
+        x=alt.X('round:O', title='rounds of new tools', axis=alt.Axis(labelAngle=0)), y=alt.Y('curve:Q', title='right tool', scale=alt.Scale(domain=[0, 1])), color=colour, tooltip=['tool:N', 'strategy:N', 'round:Q', 'curve:Q']).add_params(pick_strategy).properties(width=320, height=260)
     return points | lines
 
-# %% ../nbs/41_continual_report.ipynb #45d36f26
+# %% ../nbs/41_continual_report.ipynb #b27ff9f5
 def _bold(text, yes): return f'\\textbf{{{text}}}' if yes else text
 
 def continual_table(
@@ -199,7 +199,7 @@ def continual_latex(
             f'Memory of {s.buffer_size:,} samples. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, orders {", ".join(s.orders)} of the new tools in turn. Profile {s.profile}.')
     return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
 
-# %% ../nbs/41_continual_report.ipynb #20512ffb
+# %% ../nbs/41_continual_report.ipynb #fd54243b
 def side_effects(
     records, frame:pd.DataFrame, s:Continual,
 )->pd.DataFrame: # a row a stream and strategy
@@ -212,7 +212,7 @@ def side_effects(
         return {f'lost by {k}': np.nanmean([x[k] for x in found]) if any(not np.isnan(x[k]) for x in found) else np.nan for k in LEVELS[:2]}
     return out.join(pd.DataFrame([levels(k) for k in out.index], out.index))
 
-# %% ../nbs/41_continual_report.ipynb #dd2117c5
+# %% ../nbs/41_continual_report.ipynb #87fe0ad1
 def buffer_frame(frame:pd.DataFrame, s:Continual)->pd.DataFrame: # a row a stream and strategy, a column a size
     "Mean of old and new by the size of the memory"
     f = frame[(frame.without == '') & frame.strategy.isin(s.buffer_strategies)]
@@ -235,7 +235,7 @@ def changes_latex(records, s:Continual)->str:
     note = f'Percent of held-out queries answered as is right at the end; in the last two columns as was right before, which is an error. {s.n_changed} tools retired, {s.n_changed} changed. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds. Profile {s.profile}.'
     return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
 
-# %% ../nbs/41_continual_report.ipynb #754b0bb0
+# %% ../nbs/41_continual_report.ipynb #10b3aa00
 def continual_numbers(
     frame:pd.DataFrame, bounds:pd.DataFrame, found:pd.DataFrame, s:Continual,
 )->dict: # macro name → text
@@ -252,7 +252,7 @@ def continual_numbers(
     for d in found.itertuples(): out[macro_name(f'continual_{d.stream}_over_{d.against}') + (macro_name(f'without_{d.without}') if d.without else '')] = latex_difference(d.difference, d.low, d.high)
     return out
 
-# %% ../nbs/41_continual_report.ipynb #baf52a78
+# %% ../nbs/41_continual_report.ipynb #3fe37a99
 def write_continual(
     records, s:Continual, root=None,
 )->list: # of paths

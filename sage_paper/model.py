@@ -319,6 +319,7 @@ def fresh_lm(
 )->LM:
     "As `load_lm`, but a process has only one of them: each call lays the weights anew, and what was compiled and captured stays"
     gc.collect()   # the optimizers of earlier runs
+    torch.cuda.empty_cache()   # does nothing where there is no GPU
     lm = _kept(model, precision)
     lm.model.load_state_dict(_parts(model)[0].state_dict())
     lm.model.zero_grad()
