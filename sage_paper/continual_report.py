@@ -235,7 +235,7 @@ def changes_latex(records, s:Continual)->str:
     note = f'Percent of held-out queries answered as is right at the end; in the last two columns as was right before, which is an error. {s.n_changed} tools retired, {s.n_changed} changed. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds. Profile {s.profile}.'
     return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
 
-# %% ../nbs/41_continual_report.ipynb #10b3aa00
+# %% ../nbs/41_continual_report.ipynb #1c40bf45
 def continual_numbers(
     frame:pd.DataFrame, bounds:pd.DataFrame, found:pd.DataFrame, s:Continual,
 )->dict: # macro name → text
@@ -248,7 +248,8 @@ def continual_numbers(
     for (stream, name), g in bounds.groupby(['stream', 'strategy'], sort=False): out |= {macro_name(f'continual_{stream}_{name}_{k}'): percent(g[k].mean()) for k in ('old', 'new', 'acc')}
     for stream, g in f.groupby('stream', sort=False):
         out[macro_name(f'continual_{stream}_before')] = percent(g.old_before.mean())
-        out[macro_name(f'continual_{stream}_lost_part')] = percent(g[g.strategy == 'sage'].lost.mean()/g[g.strategy == 'finetune'].lost.mean(), 0)
+        sage, tuned = (g[g.strategy == name].lost.mean() for name in ('sage', 'finetune'))
+        out[macro_name(f'continual_{stream}_lost_part')] = percent(sage/tuned, 0) if tuned > 0 else '---'
     for d in found.itertuples(): out[macro_name(f'continual_{d.stream}_over_{d.against}') + (macro_name(f'without_{d.without}') if d.without else '')] = latex_difference(d.difference, d.low, d.high)
     return out
 
