@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'Phase', 'Strategy', 'shuffled', 'learn_phases', 'Held', 'Replay', 'score_all', 'TopBuffer', 'SureReplay',
            'Springs', 'Projected', 'with_adapters']
 
-# %% ../nbs/28_continual.ipynb #123db8b9
+# %% ../nbs/28_continual.ipynb #4dce4b44
 from typing import NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from .replay import Buffer, Draw, ReservoirBuffer
 from .selectors import Seen, see
 from .trainers import Later, Learnt, Trainer
 
-# %% ../nbs/28_continual.ipynb #65047f30
+# %% ../nbs/28_continual.ipynb #3b953cf5
 class Phase(NamedTuple):
     "Samples that arrive together"
     samples: list   # of `Encoded`, in order of arrival
@@ -25,7 +25,7 @@ class Phase(NamedTuple):
     total: int      # trained on before the next phase comes, in the trainer's unit
     stale: frozenset = frozenset()   # groups of which what came before is not true any more
 
-# %% ../nbs/28_continual.ipynb #81f9747e
+# %% ../nbs/28_continual.ipynb #62d1ae0e
 NOTHING = Draw(np.zeros(0, int), [], np.ones(0))
 
 class Strategy:
@@ -49,7 +49,7 @@ class Strategy:
 
     def state(self)->dict: return {}    # for the record, of JSON's types
 
-# %% ../nbs/28_continual.ipynb #24656299
+# %% ../nbs/28_continual.ipynb #86c51417
 def shuffled(n:int, rng):
     "Indices without end: pass after pass, each in a new order"
     while True: yield from rng.permutation(n)
@@ -71,7 +71,7 @@ def learn_phases(
             strategy.after_phase(phase)
             with trainer.watch.paused(): evaluate()
 
-# %% ../nbs/28_continual.ipynb #bcc21da2
+# %% ../nbs/28_continual.ipynb #dd872c44
 def _learn_phase(trainer, strategy, phase, batch_size, rng):
     "The steps of one phase"
     order, each, open_step = shuffled(len(phase.samples), rng), trainer.sizes(phase.samples).mean(), None
@@ -85,7 +85,7 @@ def _learn_phase(trainer, strategy, phase, batch_size, rng):
 
 def _settle(strategy, n_new, drawn, told): strategy.after_step(n_new, drawn, Learnt(*told.get()))
 
-# %% ../nbs/28_continual.ipynb #802c4e11
+# %% ../nbs/28_continual.ipynb #331c80a9
 class Held(NamedTuple):
     "What a memory holds of a sample"
     encoded: Encoded
@@ -110,7 +110,7 @@ class Replay(Strategy):
         for e, g in zip(phase.samples, phase.groups): self.buffer.add(Held(e, g, self.n_phases))
         self.n_phases += 1
 
-# %% ../nbs/28_continual.ipynb #b33d27e1
+# %% ../nbs/28_continual.ipynb #b953e08c
 def score_all(
     trainer:Trainer, encoded:list, # of `Encoded`
     needs=('nll',), # fields of `Seen`
@@ -124,7 +124,7 @@ def score_all(
     b.flops += forward_flops(trainer.shape, encoded)
     return Seen(**{f: np.concatenate([getattr(p, f) for p in parts])[np.argsort(order)] for f in needs}, length=np.array([e.n_answer for e in encoded]))
 
-# %% ../nbs/28_continual.ipynb #9de195d3
+# %% ../nbs/28_continual.ipynb #bf4b3ba9
 class TopBuffer(Buffer):
     "The most important items added so far; what is replayed is drawn uniformly"
     def __init__(self, capacity:int, seed=0):
@@ -142,7 +142,7 @@ class TopBuffer(Buffer):
         self.importance = [i for x, i in zip(self.items, self.importance) if not which(x)]
         super().discard(which)
 
-# %% ../nbs/28_continual.ipynb #3933072b
+# %% ../nbs/28_continual.ipynb #83adf999
 class SureReplay(Replay):
     "The memory holds the most surprising samples"
     def __init__(self, capacity:int, ratio:float, seed=0): super().__init__(TopBuffer(capacity, seed), ratio)
@@ -152,7 +152,7 @@ class SureReplay(Replay):
             self.buffer.add(Held(e, g, self.n_phases, nll), nll)
         self.n_phases += 1
 
-# %% ../nbs/28_continual.ipynb #5a14090e
+# %% ../nbs/28_continual.ipynb #9ed1667d
 class Springs(Strategy):
     "Elastic weight consolidation, per phase or online"
     def __init__(self,
@@ -173,7 +173,7 @@ class Springs(Strategy):
         b = self.trainer.budget
         b.scored_samples, b.scored_tokens, b.flops = b.scored_samples + len(some), b.scored_tokens + sum(len(e.ids) for e in some), b.flops + 3*forward_flops(self.trainer.shape, some)
 
-# %% ../nbs/28_continual.ipynb #b7edc350
+# %% ../nbs/28_continual.ipynb #a8fa8a50
 class Projected(Replay):
     "A-GEM: steps on new samples that do not raise the loss of a batch from memory"
     def begin(self, trainer):
@@ -188,7 +188,7 @@ class Projected(Replay):
         b.flops += 3*forward_flops(self.trainer.shape, held)
         return learnt
 
-# %% ../nbs/28_continual.ipynb #b1a6f820
+# %% ../nbs/28_continual.ipynb #ce5b9b3d
 def with_adapters(
     lm:LM,
     rank:int, seed=0,

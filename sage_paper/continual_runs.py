@@ -8,7 +8,7 @@ __all__ = ['CONTINUAL_VERSION', 'OF_SAGE', 'OF_STRATEGY', 'BOUNDS', 'SIZES', 'PE
            'make_strategy', 'run_continual', 'read_choice', 'continual_spec', 'continual_specs',
            'continual_tuning_specs', 'continual_records', 'old_new', 'continual_choices']
 
-# %% ../nbs/40_continual_runs.ipynb #01be0a3f
+# %% ../nbs/40_continual_runs.ipynb #58ac2124
 import dataclasses, gc, hashlib, json, os
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,7 +27,7 @@ from .samples import Task
 from .scores import score_call
 from .streaming_runs import load_task
 
-# %% ../nbs/40_continual_runs.ipynb #64f660ae
+# %% ../nbs/40_continual_runs.ipynb #29d8bb27
 CONTINUAL_VERSION = 1   # raise by hand when the meaning of a run changes
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Rounds:
     test: dict                # name of a part → held-out queries; 'old' is the first
     stale: tuple[frozenset, ...] # tools of which each round makes untrue what came before
 
-# %% ../nbs/40_continual_runs.ipynb #b1e46a30
+# %% ../nbs/40_continual_runs.ipynb #6f8f6155
 def _hash(text): return hashlib.sha256(text.encode()).hexdigest()
 
 def _few(samples, n):
@@ -70,7 +70,7 @@ def old_and_new(
         tools, source = sorted(data.tools, key=_hash), data.digest
     return tuple(Task(tuple(p), *(tuple(x for x in xs if x.tool_ids[0] in {*p}) for xs in (train, test)), source) for p in _cut(tools, n_old, n_new))
 
-# %% ../nbs/40_continual_runs.ipynb #b8fb0fad
+# %% ../nbs/40_continual_runs.ipynb #70b8b855
 def _of(samples, tools): return tuple(x for x in samples if x.tool_ids[0] in {*tools})
 
 def _ordered(tools, order, rng):
@@ -90,7 +90,7 @@ def in_rounds(
     names = ['old', *(f'round {k}' for k in range(1, rounds + 1))]
     return Rounds(tuple(_of(train, p) for p in parts), {n: _of((*old.test, *new.test), p) for n, p in zip(names, parts)}, (frozenset(),)*len(parts))
 
-# %% ../nbs/40_continual_runs.ipynb #e62777d7
+# %% ../nbs/40_continual_runs.ipynb #9ee8d309
 def _as(x, kind, calls): return dataclasses.replace(x, id=f'{x.id}/{kind}', calls=calls)
 
 def with_changes(
@@ -113,7 +113,7 @@ def with_changes(
     train = mix(old.train), mix(_of(new.train, first)), mix((*_of(new.train, later), *gone(old.train))), mix(swapped(old.train))
     return Rounds(train, test, (frozenset(), frozenset(), frozenset(retired), frozenset(other)))
 
-# %% ../nbs/40_continual_runs.ipynb #ddaea9e6
+# %% ../nbs/40_continual_runs.ipynb #8706ac48
 @cache
 def plain_text(
     source:str, n:int,
@@ -156,7 +156,7 @@ class Exam:
         spent = {k: v for k, v in dataclasses.asdict(budget).items() if k != 'seconds'} if budget else {}
         self.rows.append(dict(name=bits(g.name), exact=bits(g.exact), nll=float(g.nll.mean()), **spent))
 
-# %% ../nbs/40_continual_runs.ipynb #2dab226a
+# %% ../nbs/40_continual_runs.ipynb #d33498ee
 def _read_and_write(exam:Exam)->dict:
     "Levels of written answers on old tools, a digit each; loss on plain text, nats a token; and how other tools are called whose documents are given"
     from sage_paper.evaluation import generate, grade
@@ -168,7 +168,7 @@ def _read_and_write(exam:Exam)->dict:
     return dict(levels=''.join(map(str, level)), text_nll=float(text.nll @ tokens/tokens.sum()),
                 general_nll=float(general.nll.mean()), general_name=float(general.name.mean()))
 
-# %% ../nbs/40_continual_runs.ipynb #716312c8
+# %% ../nbs/40_continual_runs.ipynb #fbd4110a
 def accuracy_matrix(
     rows:list,  # of dict, as in `Exam`
     part,       # [n], which part a query belongs to
@@ -178,7 +178,7 @@ def accuracy_matrix(
     right = np.array([np.frombuffer(r[field].encode(), np.uint8) == ord('1') for r in rows], float)
     return np.stack([right[:, np.asarray(part) == p].mean(1) for p in range(max(part) + 1)], 1)
 
-# %% ../nbs/40_continual_runs.ipynb #2e86807a
+# %% ../nbs/40_continual_runs.ipynb #7f42cec0
 def _total(s, train, epochs):
     "Tokens of so many passes"
     return round(epochs*sum(len(e.ids) for e in train))
@@ -203,7 +203,7 @@ def first_weights(
     load_model(lm.model, str(path), device='cpu')
     return sha256(path)[:16]
 
-# %% ../nbs/40_continual_runs.ipynb #8d42ab4e
+# %% ../nbs/40_continual_runs.ipynb #10084e24
 OF_SAGE = ('logit_weight', 'gain', 'share', 'ssis', 'sharpness')
 OF_STRATEGY = ('strategy', 'lr', 'knob', 'without', 'buffer_size', 'epochs', 'cooldown', 'n_fisher', 'replay_ratio', 'rank')
 
@@ -228,7 +228,7 @@ def start(
         write_atomically(path, canonical(dict(rows=exam.rows, before=before)))
     return first, before
 
-# %% ../nbs/40_continual_runs.ipynb #de7f483e
+# %% ../nbs/40_continual_runs.ipynb #34a8c25a
 def make_strategy(
     s, # a run's description
 ): # a `Strategy`
@@ -247,7 +247,7 @@ def make_strategy(
                   der=lambda: Dark(uniform, s.replay_ratio, s.knob), sage=sage)
     return makers[s.strategy.removesuffix('_lora')]()
 
-# %% ../nbs/40_continual_runs.ipynb #c60823db
+# %% ../nbs/40_continual_runs.ipynb #3f469c49
 def _go_through(s, lm, exam, rounds, encoded):
     "A strategy's way through the rounds, after the old tools; its trainer and itself"
     from sage_paper.continual import Phase, learn_phases
@@ -270,7 +270,7 @@ def _all_at_once(s, lm, exam, encoded):
     exam.ask(trainer.budget)
     return trainer, None
 
-# %% ../nbs/40_continual_runs.ipynb #050a3a10
+# %% ../nbs/40_continual_runs.ipynb #e885b2ef
 def run_continual(
     spec:dict, # as from `continual_spec`
 )->dict: # the record's result
@@ -297,7 +297,7 @@ def run_continual(
                 state=strategy.state() if strategy else {}, n_train=[len(x) for x in rounds.train],
                 parts=exam.parts, items=dict(id=[x.id for x in exam.samples], tool=[x.tool_ids[0] for x in exam.samples], part=exam.part.tolist()))
 
-# %% ../nbs/40_continual_runs.ipynb #8b95f0ff
+# %% ../nbs/40_continual_runs.ipynb #411901f2
 BOUNDS = ('joint', 'scratch')
 
 def read_choice(
@@ -308,7 +308,7 @@ def read_choice(
     if not 1 <= len(numbers) <= 2: raise ValueError(f'{text!r}: expected strategy:rate or strategy:rate:knob')
     return name, float(numbers[0]), float(numbers[1]) if numbers[1:] else None
 
-# %% ../nbs/40_continual_runs.ipynb #cf0640f6
+# %% ../nbs/40_continual_runs.ipynb #1906cb47
 SIZES = ('n_old', 'n_new', 'train_per_tool', 'test_per_tool')
 PER_STREAM = (*SIZES, 'rounds', 'lr_first')
 
@@ -339,7 +339,7 @@ def continual_spec(
     return run_settings(s, out) | own | dict(stream=stream, strategy=strategy, seed=seed, order=s.orders[seed % len(s.orders)], lr=lr, knob=knob, without=without, protocol=protocol, split=split,
                                              buffer_size=buffer_size or s.buffer_size, data=data, weights=model_digest(s.model))
 
-# %% ../nbs/40_continual_runs.ipynb #1183e667
+# %% ../nbs/40_continual_runs.ipynb #d5216148
 def continual_specs(
     s:Continual,
 )->list: # of dict
@@ -357,7 +357,7 @@ def continual_tuning_specs(
     "The runs that rates and knobs are chosen by, on the first stream's tuning split"
     return [continual_spec(s, s.streams[0], name, seed, lr, knob, split='tuning') for seed in s.tuning_seeds for name, lr, knob in map(read_choice, s.grid)]
 
-# %% ../nbs/40_continual_runs.ipynb #c0f32427
+# %% ../nbs/40_continual_runs.ipynb #a1665130
 def continual_records(
     s:Continual,
     tuning=False, # the runs on the tuning split instead
@@ -366,7 +366,7 @@ def continual_records(
     "Run or load all runs of the experiment"
     return experiment_records(run_continual, 'continual', CONTINUAL_VERSION, (continual_tuning_specs if tuning else continual_specs)(s), s, tuning, root)
 
-# %% ../nbs/40_continual_runs.ipynb #f4de4efc
+# %% ../nbs/40_continual_runs.ipynb #aa235e64
 def old_new(
     result:dict, # of a record
     row=-1,
