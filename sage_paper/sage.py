@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_LIKELY', 'teach', 'beside', 'logit_loss', 'Dark', 'BalancedBuffer', 'running', 'replay_share', 'Sage']
 
-# %% ../nbs/29_sage.ipynb #529092bc
+# %% ../nbs/29_sage.ipynb #40beae69
 import numpy as np, torch
 from fastcore.basics import patch
 from .continual import Held, Replay, score_all
@@ -15,7 +15,7 @@ from .selectors import Seen
 from .ssis import SSIS
 from .trainers import Trainer
 
-# %% ../nbs/29_sage.ipynb #3f66d090
+# %% ../nbs/29_sage.ipynb #8f141da7
 N_LIKELY = 64   # tokens whose logits are remembered
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def teach(
     b.scored_samples, b.scored_tokens, b.flops = b.scored_samples + len(encoded), b.scored_tokens + sum(len(e.ids) for e in encoded), b.flops + forward_flops(trainer.shape, encoded)
     return out
 
-# %% ../nbs/29_sage.ipynb #4bcfbd31
+# %% ../nbs/29_sage.ipynb #4229fbb0
 def beside(
     n_before:int,  # answer tokens in the batch before those of the drawn samples
     held:list,     # of `Held`, drawn, each with a teacher
@@ -59,7 +59,7 @@ def logit_loss(f, batch, indices, logits, there, weight):
     gap = ((f.logits.gather(1, indices.long()) - logits.float())**2).mean(1)*there
     return weight*mean_by_row(gap, batch.row, len(f.nll)).mean()
 
-# %% ../nbs/29_sage.ipynb #51d25486
+# %% ../nbs/29_sage.ipynb #39bf6840
 class Dark(Replay):
     "DER++: replay that also holds the model to the logits it had when a sample was taken in"
     extra_loss = staticmethod(logit_loss)
@@ -77,7 +77,7 @@ class Dark(Replay):
         super().after_phase(phase)
         self.ask()
 
-# %% ../nbs/29_sage.ipynb #40f138f3
+# %% ../nbs/29_sage.ipynb #ad24dd78
 @patch
 def ask(self:Dark):
     "Remember what the model thinks of the samples that it has not been asked about"
@@ -85,7 +85,7 @@ def ask(self:Dark):
     lack = [k for k, h in enumerate(items) if h.teacher is None]
     for k, t in zip(lack, teach(self.trainer, [items[k].encoded for k in lack])): items[k] = items[k]._replace(teacher=t)
 
-# %% ../nbs/29_sage.ipynb #6e2070f2
+# %% ../nbs/29_sage.ipynb #73d140a3
 class BalancedBuffer(Buffer):
     "Groups as even as can be; within a group a uniform sample of what was added"
     def __init__(self, capacity:int, seed=0):
@@ -108,7 +108,7 @@ class BalancedBuffer(Buffer):
         else: return
         self.items[out] = item
 
-# %% ../nbs/29_sage.ipynb #075f3221
+# %% ../nbs/29_sage.ipynb #e1cdb7f4
 def running(
     old,      # mean so far; None: nothing yet
     x,        # [n], the newest
@@ -127,7 +127,7 @@ def replay_share(
     f = gain*max(forgetting, 0.)
     return low + (high - low)*(f/(f + max(drift, 1e-6)))
 
-# %% ../nbs/29_sage.ipynb #72b98b5f
+# %% ../nbs/29_sage.ipynb #67feef3a
 class Sage(Dark):
     "Replay by measured forgetting, as much as it takes, held to what the model thought; phases come together slowly"
     def __init__(self,
@@ -146,7 +146,7 @@ class Sage(Dark):
         self.rng, self.rise, self.shares, self.before = np.random.default_rng(seed), {}, [], None
         self.forgetting = self.drift = None
 
-# %% ../nbs/29_sage.ipynb #66dc639b
+# %% ../nbs/29_sage.ipynb #ec4853bb
 @patch
 def share(self:Sage):
     if self.fixed is not None or self.forgetting is None: s = self.ratio if self.fixed is not None else sum(self.bounds)/2
@@ -170,7 +170,7 @@ def after_step(self:Sage, n_new, drawn, learnt):
     self.forgetting = running(self.forgetting, lost)
     for h, x in zip(drawn.items, lost): self.rise[h.phase] = running(self.rise.get(h.phase), x, 0.98)
 
-# %% ../nbs/29_sage.ipynb #fa5390a6
+# %% ../nbs/29_sage.ipynb #f754bd18
 @patch
 @torch.no_grad()
 def after_phase(self:Sage, phase):
