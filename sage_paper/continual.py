@@ -40,8 +40,8 @@ class Strategy:
 
     def draw(self, n:int)->Draw: return NOTHING   # of `Held`
 
-    def step(self, new:list, drawn:Draw)->Learnt:
-        return self.trainer.step([*new, *(h.encoded for h in drawn.items)], np.r_[np.ones(len(new)), drawn.weights])
+    def step(self, new:list, drawn:Draw, extra=None)->Learnt:   # extra: see `Trainer.step`
+        return self.trainer.step([*new, *(h.encoded for h in drawn.items)], np.r_[np.ones(len(new)), drawn.weights], extra)
 
     def after_step(self, n_new:int, drawn:Draw, learnt:Learnt): "`learnt` holds arrays; called when the next step has been launched"
 

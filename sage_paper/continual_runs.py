@@ -6,12 +6,12 @@
 __all__ = ['CONTINUAL_VERSION', 'OF_SAGE', 'OF_STRATEGY', 'BOUNDS', 'SIZES', 'PER_STREAM', 'Rounds', 'old_and_new', 'in_rounds',
            'with_changes', 'plain_text', 'with_documents', 'Exam', 'accuracy_matrix', 'first_weights', 'start',
            'make_strategy', 'run_continual', 'read_choice', 'continual_spec', 'continual_specs',
-           'continual_tuning_specs', 'continual_records', 'old_new', 'continual_choices']
+           'continual_tuning_specs', 'continual_records', 'old_and_later', 'old_new', 'continual_choices']
 
 # %% ../nbs/40_continual_runs.ipynb #58ac2124
 import dataclasses, gc, hashlib, json, os
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from types import SimpleNamespace
 import numpy as np
 from .assets import cache_dir, model_digest, sha256
@@ -21,7 +21,7 @@ from .config import Continual, load_settings
 from .datasets import DATASETS, load_dataset
 from .forgetting import answer_levels
 from .queries import sageworld_set
-from .records import best_rates, bits, canonical, experiment_records, record_key, run_settings, write_atomically
+from .records import best_rates, bits, canonical, experiment_records, record_key, run_settings, unbits, write_atomically
 from .retrieval import BM25, with_candidates
 from .samples import Task
 from .scores import score_call
@@ -48,6 +48,11 @@ def _few(samples, n):
         if count[t] <= n: out.append(x)
     return out
 
+def _of(samples, tools):
+    "Those of some tools"
+    tools = {*tools}
+    return tuple(x for x in samples if x.tool_ids[0] in tools)
+
 def _cut(tools, n_old, n_new):
     "The first tools, and those after them"
     if len(tools) < n_old + n_new: raise ValueError(f'{n_old + n_new} tools were asked for; there are {len(tools)}')
@@ -68,11 +73,9 @@ def old_and_new(
         data = load_dataset(stream)
         train, test = (_few(x, n) for x, n in zip(split_for(data, 10**9, 10**9, split), (train_per_tool, test_per_tool)))
         tools, source = sorted(data.tools, key=_hash), data.digest
-    return tuple(Task(tuple(p), *(tuple(x for x in xs if x.tool_ids[0] in {*p}) for xs in (train, test)), source) for p in _cut(tools, n_old, n_new))
+    return tuple(Task(tuple(p), _of(train, p), _of(test, p), source) for p in _cut(tools, n_old, n_new))
 
 # %% ../nbs/40_continual_runs.ipynb #70b8b855
-def _of(samples, tools): return tuple(x for x in samples if x.tool_ids[0] in {*tools})
-
 def _ordered(tools, order, rng):
     "By date, in reverse, or at random"
     if order == 'random': return [tools[k] for k in rng.permutation(len(tools))]
@@ -175,7 +178,7 @@ def accuracy_matrix(
     field='name',
 )->np.ndarray: # [rows, parts]
     "Share of right answers in each part, row by row"
-    right = np.array([np.frombuffer(r[field].encode(), np.uint8) == ord('1') for r in rows], float)
+    right = np.array([unbits(r[field]) for r in rows], float)
     return np.stack([right[:, np.asarray(part) == p].mean(1) for p in range(max(part) + 1)], 1)
 
 # %% ../nbs/40_continual_runs.ipynb #7f42cec0
@@ -367,13 +370,18 @@ def continual_records(
     return experiment_records(run_continual, 'continual', CONTINUAL_VERSION, (continual_tuning_specs if tuning else continual_specs)(s), s, tuning, root)
 
 # %% ../nbs/40_continual_runs.ipynb #aa235e64
+def old_and_later(
+    result:dict, # of a record
+)->np.ndarray: # [rows, 2], accuracies on the old tools, and on all new ones
+    "How both fare, row by row"
+    return accuracy_matrix(result['rows'], (np.array(result['items']['part']) > 0).astype(int))
+
 def old_new(
     result:dict, # of a record
     row=-1,
 )->tuple: # accuracies on the old tools, and on all new ones
     "Accuracy after a round, the last one if none is named"
-    part, right = np.array(result['items']['part']), np.frombuffer(result['rows'][row]['name'].encode(), np.uint8) == ord('1')
-    return float(right[part == 0].mean()), float(right[part > 0].mean())
+    return tuple(old_and_later(result)[row].tolist())
 
 def continual_choices(
     records, # of tuning runs

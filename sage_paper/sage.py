@@ -71,7 +71,7 @@ class Dark(Replay):
     def step(self, new, drawn):
         n_new, k = sum(e.n_answer for e in new), min(N_LIKELY, self.lm.model.config.vocab_size)
         def extra(batch): return *beside(n_new, drawn.items if self.logit_weight else [], len(batch.label), k), torch.tensor(self.logit_weight)
-        return self.trainer.step([*new, *(h.encoded for h in drawn.items)], np.r_[np.ones(len(new)), drawn.weights], extra)
+        return super().step(new, drawn, extra)
 
     def after_phase(self, phase):
         super().after_phase(phase)
