@@ -184,7 +184,7 @@ class Arrivals(Profile):
     lr_first: tuple[float, ...]      # of learning the old tools, and of the bounds
     epochs_first: int                # passes over the old tools' queries
     orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
-    changing: tuple[Literal['sageworld', 'toolstream'], ...]   # streams whose tools are retired and changed too
+    in_depth: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...]   # of these, where other sizes of the memory, SAGE without its parts and tools that change are run too
     n_changed: int                   # old tools that are retired, and as many that change, in pairs
     n_added: int                     # tools that come when others are retired
     eval_batch_size: int             # queries a forward pass when evaluating

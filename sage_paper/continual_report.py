@@ -11,7 +11,7 @@ __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'pick', 'run_row', 'continual_frame
 # %% ../nbs/41_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
 from .config import Continual, load_settings
-from .continual_runs import BOUNDS, accuracy_matrix, continual_specs, old_and_later
+from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_specs, old_and_later
 from .forgetting import LEVELS, lost_by_level, matrix_numbers
 from .records import unbits
 from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, macro_name, macros,
@@ -66,14 +66,12 @@ def weighted_answers(
     records, # of one kind of run
 )->tuple: # [n], and the tools [n]
     "How often each held-out query was answered right at the end, such that the mean is the mean of old and new"
-    part = np.array(records[0]['result']['items']['part']) > 0
-    right = {}
+    right, first = {}, asked(records[0]['result'])
     for r in records:
-        for i, x in zip(r['result']['items']['id'], unbits(r['result']['rows'][-1]['name'])): right.setdefault(i, []).append(x)
-    ids, tools = records[0]['result']['items']['id'], records[0]['result']['items']['tool']
-    order = np.argsort(ids)   # rounds differ from seed to seed, and with them the order of the queries
-    weight = np.where(part, len(part)/2/part.sum(), len(part)/2/(~part).sum())
-    return (np.array([np.mean(right[i]) for i in ids])*weight)[order], np.array(tools)[order]
+        for i, x in zip(asked(r['result'])['id'], unbits(r['result']['rows'][-1]['name'])): right.setdefault(i, []).append(x)
+    new, order = np.array(first['part']) > 0, np.argsort(first['id'])   # rounds differ from seed to seed, and with them the order of the queries
+    weight = np.where(new, len(new)/2/new.sum(), len(new)/2/(~new).sum())
+    return (np.array([np.mean(right[i]) for i in first['id']])*weight)[order], np.array(first['tool'])[order]
 
 # %% ../nbs/41_continual_report.ipynb #d9972b09
 def ahead(a, b)->dict: # as from `paired_bootstrap`
@@ -90,7 +88,7 @@ def continual_differences(
     for stream in s.streams:
         of = lambda strategy, without='': pick(records, stream=stream, strategy=strategy, without=without, buffer_size=s.buffer_size)
         rows += [dict(stream=stream, against=name, without='', **ahead(of('sage'), of(name))) for name in s.strategies if name != 'sage']
-        rows += [dict(stream=stream, against='sage', without=w, **ahead(of('sage'), of('sage', w))) for w in s.ablations]
+        rows += [dict(stream=stream, against='sage', without=w, **ahead(of('sage'), of('sage', w))) for w in s.ablations if stream in s.in_depth]
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p))
 
 # %% ../nbs/41_continual_report.ipynb #9a210b99
@@ -99,8 +97,7 @@ def forgetting_curves(
 )->pd.DataFrame: # a row a run and round
     "Accuracy on the old tools, and on the new ones that have arrived so far, after each round"
     def rows(r):
-        m, part = np.array(r['result']['matrix']), np.array(r['result']['items']['part'])
-        count = np.bincount(part)
+        m, count = np.array(r['result']['matrix']), np.bincount(asked(r['result'])['part'])
         for k, row in enumerate(m[1:]): yield dict(stream=r['spec']['stream'], strategy=r['spec']['strategy'], seed=r['spec']['seed'], round=k, old=row[0], new=row[1:k + 1] @ count[1:k + 1]/count[1:k + 1].sum() if k else np.nan)
     return pd.DataFrame([x for r in pick(records, buffer_size=s.buffer_size) if r['spec']['strategy'] not in BOUNDS for x in rows(r)])
 
@@ -139,7 +136,7 @@ def tool_curves(
 )->pd.DataFrame: # a row a tool and strategy, with a list of accuracies, one a round
     "Accuracy on each tool, round by round, mean over seeds"
     def one(r):
-        items, right = r['result']['items'], np.array([unbits(x['name']) for x in r['result']['rows'][1:]], float)
+        items, right = asked(r['result']), np.array([unbits(x['name']) for x in r['result']['rows'][1:]], float)
         return pd.DataFrame(right.T).assign(tool=items['tool'], old=np.array(items['part']) == 0, strategy=STRATEGIES[r['spec']['strategy']].label)
     runs = [one(r) for r in pick(records, stream=s.streams[0], buffer_size=s.buffer_size) if r['spec']['strategy'] not in BOUNDS]
     mean = pd.concat(runs).groupby(['old', 'tool', 'strategy'], sort=False).mean()
@@ -207,7 +204,7 @@ def side_effects(
 # %% ../nbs/41_continual_report.ipynb #87fe0ad1
 def buffer_frame(frame:pd.DataFrame, s:Continual)->pd.DataFrame: # a row a stream and strategy, a column a size
     "Mean of old and new by the size of the memory"
-    f = frame[(frame.without == '') & frame.strategy.isin(s.buffer_strategies)]
+    f = frame[(frame.without == '') & frame.strategy.isin(s.buffer_strategies) & frame.stream.isin(s.in_depth)]
     return f.pivot_table('acc', ['stream', 'strategy'], 'buffer_size')
 
 def changes_frame(

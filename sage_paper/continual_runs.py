@@ -6,7 +6,7 @@
 __all__ = ['CONTINUAL_VERSION', 'OF_SAGE', 'OF_STRATEGY', 'BOUNDS', 'SIZES', 'PER_STREAM', 'Rounds', 'old_and_new', 'in_rounds',
            'with_changes', 'plain_text', 'with_documents', 'Exam', 'accuracy_matrix', 'first_weights', 'start',
            'make_strategy', 'run_continual', 'read_choice', 'continual_spec', 'continual_specs',
-           'continual_tuning_specs', 'continual_records', 'old_and_later', 'old_new', 'continual_choices']
+           'continual_tuning_specs', 'continual_records', 'asked', 'old_and_later', 'old_new', 'continual_choices']
 
 # %% ../nbs/40_continual_runs.ipynb #58ac2124
 import dataclasses, gc, hashlib, json, os
@@ -21,7 +21,7 @@ from .config import Continual, load_settings
 from .datasets import DATASETS, load_dataset
 from .forgetting import answer_levels
 from .queries import sageworld_set
-from .records import best_rates, bits, canonical, experiment_records, record_key, run_settings, unbits, write_atomically
+from .records import best_rates, bits, canonical, experiment_records, pack, record_key, run_settings, unbits, unpack, write_atomically
 from .retrieval import BM25, with_candidates
 from .samples import Task
 from .scores import score_call
@@ -298,7 +298,7 @@ def run_continual(
     trainer.budget.seconds = trainer.watch.seconds
     return dict(rows=exam.rows, matrix=accuracy_matrix(exam.rows, exam.part).tolist(), budget=dataclasses.asdict(trainer.budget), first=first, before=before, after=_read_and_write(exam),
                 state=strategy.state() if strategy else {}, n_train=[len(x) for x in rounds.train],
-                parts=exam.parts, items=dict(id=[x.id for x in exam.samples], tool=[x.tool_ids[0] for x in exam.samples], part=exam.part.tolist()))
+                parts=exam.parts, items=pack(dict(id=[x.id for x in exam.samples], tool=[x.tool_ids[0] for x in exam.samples], part=exam.part.tolist())))
 
 # %% ../nbs/40_continual_runs.ipynb #411901f2
 BOUNDS = ('joint', 'scratch')
@@ -337,7 +337,7 @@ def continual_spec(
     if 'lora' in strategy: own['rank'] = s.rank
     chosen = {name: rest for name, *rest in map(read_choice, s.chosen)} | {b: (own['lr_first'], None) for b in BOUNDS}
     if lr is None: lr, knob = chosen[strategy]
-    out = ('streams', *PER_STREAM, 'strategies', 'ablations', 'orders', 'buffer', 'changing', 'n_changed', 'n_added', 'rank', 'grid', 'chosen', *(() if strategy.startswith('sage') else OF_SAGE))
+    out = ('streams', *PER_STREAM, 'strategies', 'ablations', 'orders', 'buffer', 'in_depth', 'changing', 'n_changed', 'n_added', 'rank', 'grid', 'chosen', *(() if strategy.startswith('sage') else OF_SAGE))
     data = _digest(stream, tuple(own[f] for f in SIZES), split)
     return run_settings(s, out) | own | dict(stream=stream, strategy=strategy, seed=seed, order=s.orders[seed % len(s.orders)], lr=lr, knob=knob, without=without, protocol=protocol, split=split,
                                              buffer_size=buffer_size or s.buffer_size, data=data, weights=model_digest(s.model))
@@ -347,12 +347,12 @@ def continual_specs(
     s:Continual,
 )->list: # of dict
     "The runs that are reported: all strategies and bounds, other sizes of the memory, SAGE without its parts, and tools that change"
-    def of(seed, stream):
-        return [*(continual_spec(s, stream, name, seed) for name in (*s.strategies, *BOUNDS)),
-                *(continual_spec(s, stream, name, seed, buffer_size=b) for b in s.buffers for name in s.buffer_strategies),
+    def of(seed, stream): return [continual_spec(s, stream, name, seed) for name in (*s.strategies, *BOUNDS)]
+    def more(seed, stream):
+        return [*(continual_spec(s, stream, name, seed, buffer_size=b) for b in s.buffers for name in s.buffer_strategies),
                 *(continual_spec(s, stream, 'sage', seed, without=w) for w in s.ablations),
-                *(continual_spec(s, stream, name, seed, protocol='changes') for name in s.changing_strategies if stream in s.changing)]
-    return [x for seed in s.seeds for stream in s.streams for x in of(seed, stream)]
+                *(continual_spec(s, stream, name, seed, protocol='changes') for name in s.changing_strategies)]
+    return [x for seed in s.seeds for stream in s.streams for x in (*of(seed, stream), *(more(seed, stream) if stream in s.in_depth else ()))]
 
 def continual_tuning_specs(
     s:Continual,
@@ -370,11 +370,17 @@ def continual_records(
     return experiment_records(run_continual, 'continual', CONTINUAL_VERSION, (continual_tuning_specs if tuning else continual_specs)(s), s, tuning, root)
 
 # %% ../nbs/40_continual_runs.ipynb #aa235e64
+def asked(
+    result:dict, # of a record
+)->dict: # `id`, `tool`, `part`, each a list of as many entries as a row has bits
+    "What a run was asked"
+    return unpack(result['items'])
+
 def old_and_later(
     result:dict, # of a record
 )->np.ndarray: # [rows, 2], accuracies on the old tools, and on all new ones
     "How both fare, row by row"
-    return accuracy_matrix(result['rows'], (np.array(result['items']['part']) > 0).astype(int))
+    return accuracy_matrix(result['rows'], (np.array(asked(result)['part']) > 0).astype(int))
 
 def old_new(
     result:dict, # of a record

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from conftest import ROOT
 from sage_paper.config import Streaming, load_settings
 from sage_paper.streaming_runs import STREAMING_METHODS, streaming_spec
-from sage_paper.records import RecordError, read_record, record_key, run_or_load, sweep
+from sage_paper.records import RecordError, read_record, record_key, run_or_load, sweep, unpack
 
 SPEC = dict(method='batch_full', seed=0, lr=1e-3, ssis=[0.4, 0.3], data=dict(name='x', n=3))
 KEY = record_key('demo', 1, SPEC)
@@ -159,6 +159,16 @@ def strings(o):
     elif isinstance(o, list): yield from (s for v in o for s in strings(v))
 
 
+NAMES = 'id', 'cluster', 'tool', 'part'   # of what was asked
+
+
+def blocks_of(result):
+    "What was asked and how it was answered, each an entry a query"
+    items = result.get('items')
+    if isinstance(items, str): return [unpack(items) | {f'{k} {f}': row[f] for k, row in enumerate(result['rows']) for f in ('name', 'exact')}]
+    return [items] if items else [p['items'] for p in (result.get('parts') or {}).values()]
+
+
 def test_there_are_records(): assert RECORDS
 
 
@@ -167,14 +177,14 @@ def test_a_committed_record_holds_no_text_and_no_place(path):
     r = read_record(path)
     assert set(r) == {'key', 'experiment', 'version', 'spec', 'result', 'seconds', 'environment'}
     assert set(r['environment']) == {'revision', 'python', 'device', 'packages'}
-    blocks = [r['result']['items']] if 'items' in r['result'] else [p['items'] for p in r['result'].get('parts', {}).values()]
+    blocks = blocks_of(r['result'])
     assert blocks or r['experiment'] == 'efficiency'   # times, and no queries
     for items in blocks:
-        ids, values = items['id'], [v for k, v in items.items() if k not in ('id', 'cluster')]
+        ids, values = items['id'], [v for k, v in items.items() if k not in NAMES]
         assert all(re.fullmatch(r'[\w-]+(/\S+)+', i) for i in ids) and len(set(ids)) == len(ids)
         assert values and all(len(v) == len(ids) for v in values)
         assert all(re.fullmatch('[01]+', v) if isinstance(v, str) else all(x is None or 0 <= x <= 1 for x in v) for v in values)
-    said = {s for items in blocks for k, v in items.items() for s in ([v] if isinstance(v, str) else v if k in ('id', 'cluster') else [])}
+    said = {s for items in blocks for k, v in items.items() for s in ([v] if isinstance(v, str) else v if k in NAMES else [])}
     for s in set(strings(r)) - said:
         assert len(s) <= 200 and len(s.split()) <= 5 and not re.search(r'(^|[\s"\'=(:])[/\\~]|\.(local|internal|lan)\b|[A-Z]:\\', s), s
 
