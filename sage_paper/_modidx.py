@@ -266,6 +266,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.buffer_frame': ( 'continual_report.html#buffer_frame',
                                                                                            'sage_paper/continual_report.py'),
+                                             'sage_paper.continual_report.buffer_latex': ( 'continual_report.html#buffer_latex',
+                                                                                           'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.changes_frame': ( 'continual_report.html#changes_frame',
                                                                                             'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.changes_latex': ( 'continual_report.html#changes_latex',

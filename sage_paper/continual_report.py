@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'pick', 'run_row', 'continual_frame', 'bound_frame', 'weighted_answers', 'ahead',
            'continual_differences', 'forgetting_curves', 'continual_figure', 'tool_curves', 'continual_chart',
-           'continual_table', 'continual_latex', 'side_effects', 'buffer_frame', 'changes_frame', 'changes_latex',
-           'continual_numbers', 'write_continual']
+           'continual_table', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex', 'changes_frame',
+           'changes_latex', 'continual_numbers', 'write_continual']
 
 # %% ../nbs/41_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
@@ -23,7 +23,7 @@ STRATEGIES = dict(finetune=Look('fine-tuning', '#999999'), finetune_lora=Look('f
                   agem=Look('A-GEM', '#56B4E9'), er=Look('replay', '#0072B2'), sure=Look('SuRe', '#CC79A7'), der=Look('DER++', '#009E73'), sage=Look('SAGE', '#D55E00'), sage_lora=Look('SAGE, LoRA', '#D55E00', (0, (1.2, 1))),
                   scratch=Look('new tools alone', '#000000', (0, (1.2, 1))), joint=Look('all at once', '#000000', (0, (5, 1.5))))
 STREAMS = dict(toolstream='ToolStream', metatool='MetaTool', sageworld='SageWorld')
-PARTS = dict(logits='without logits', slow='without going back', ratio='with a fixed ratio', priority='with uniform draws', balance="with SSIS's memory")
+PARTS = dict(logits='SAGE without logits', slow='SAGE without going back', ratio='SAGE, fixed ratio', priority='SAGE, uniform draws', balance="SAGE, SSIS's memory")
 
 # %% ../nbs/41_continual_report.ipynb #bbb57983
 def pick(
@@ -166,12 +166,12 @@ def continual_table(
     stream:str, s:Continual,
 )->pd.DataFrame: # of LaTeX cells, a row a strategy
     "What each strategy keeps and learns, and how far SAGE is ahead of it"
-    rows = {}
-    for name in s.strategies:
-        f = frame[(frame.stream == stream) & (frame.strategy == name) & (frame.buffer_size == s.buffer_size) & (frame.without == '')]
-        d = found[(found.stream == stream) & (found.against == name) & (found.without == '')]
+    def row(name, without=''):
+        f, d = (t[(t.stream == stream) & (t[which] == name) & (t.without == without)] for t, which in ((frame[frame.buffer_size == s.buffer_size], 'strategy'), (found, 'against')))
         over = latex_difference(*d[['difference', 'low', 'high']].iloc[0]) + '$^*$'*bool(d.p.iloc[0] < 0.05) if len(d) else '---'
-        rows[STRATEGIES[name].label] = [*(cell(100*f[k], 1) for k in ('old', 'new', 'acc', 'lost', 'learnt', 'anytime_accuracy')), cell(f.pflop, 2), over]
+        return [*(cell(100*f[k], 1) for k in ('old', 'new', 'acc', 'lost', 'learnt', 'anytime_accuracy')), cell(f.pflop, 2), over]
+    rows = {STRATEGIES[name].label: row(name) for name in s.strategies}
+    if stream in s.in_depth: rows |= {PARTS[w]: row('sage', w) for w in s.ablations}
     for name in BOUNDS:
         b = bounds[(bounds.stream == stream) & (bounds.strategy == name)]
         rows[STRATEGIES[name].label] = [cell(100*b.old, 1), cell(100*b.new, 1), cell(100*b.acc, 1), '---', '---', '---', cell(b.pflop, 2), '---']
@@ -207,6 +207,17 @@ def buffer_frame(frame:pd.DataFrame, s:Continual)->pd.DataFrame: # a row a strea
     f = frame[(frame.without == '') & frame.strategy.isin(s.buffer_strategies) & frame.stream.isin(s.in_depth)]
     return f.pivot_table('acc', ['stream', 'strategy'], 'buffer_size')
 
+def buffer_latex(frame:pd.DataFrame, s:Continual)->str:
+    "The sizes of the memory as LaTeX"
+    def row(stream, name):
+        f = frame[(frame.stream == stream) & (frame.strategy == name) & (frame.without == '')]
+        return {f'{b:,}': cell(100*f[f.buffer_size == b].acc, 1) for b in sorted({*s.buffers, s.buffer_size})}
+    table = pd.DataFrame({(x, n): row(x, n) for x in s.in_depth for n in s.buffer_strategies}).T
+    table.index = [STRATEGIES[n].label if len(s.in_depth) == 1 else f'{STREAMS[x]}: {STRATEGIES[n].label}' for x, n in table.index]
+    note = f'{", ".join(STREAMS[x] for x in s.in_depth)}: mean of old and new, in percent, by the number of samples that the memory holds. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds. Profile {s.profile}.'
+    return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
+
+# %% ../nbs/41_continual_report.ipynb #2a875b98
 def changes_frame(
     records,
 )->pd.DataFrame: # a row a stream and strategy
@@ -226,20 +237,24 @@ def changes_latex(records, s:Continual)->str:
 
 # %% ../nbs/41_continual_report.ipynb #1c40bf45
 def continual_numbers(
-    frame:pd.DataFrame, bounds:pd.DataFrame, found:pd.DataFrame, s:Continual,
+    frame:pd.DataFrame, bounds:pd.DataFrame, found:pd.DataFrame, changes:pd.DataFrame, # as from the functions above
+    s:Continual,
 )->dict: # macro name → text
     "All numbers that the paper's sentences on continual learning use"
     out = {'ContinualSeeds': str(len(s.seeds))}
     f = frame[(frame.buffer_size == s.buffer_size) & (frame.without == '')]
     for (stream, name), g in f.groupby(['stream', 'strategy'], sort=False):
         start = macro_name(f'continual_{stream}_{name}')
-        out |= {start + macro_name(k): percent(g[k].mean()) for k in ('old', 'new', 'acc', 'lost', 'learnt')}
+        out |= {start + macro_name(k): percent(g[k].mean()) for k in ('old', 'new', 'acc', 'lost', 'learnt', 'forward_transfer')} | {start + 'Text': f'{g.text.mean():+.2f}'}
     for (stream, name), g in bounds.groupby(['stream', 'strategy'], sort=False): out |= {macro_name(f'continual_{stream}_{name}_{k}'): percent(g[k].mean()) for k in ('old', 'new', 'acc')}
     for stream, g in f.groupby('stream', sort=False):
         out[macro_name(f'continual_{stream}_before')] = percent(g.old_before.mean())
         sage, tuned = (g[g.strategy == name].lost.mean() for name in ('sage', 'finetune'))
         out[macro_name(f'continual_{stream}_lost_part')] = percent(sage/tuned, 0) if tuned > 0 else '---'
     for d in found.itertuples(): out[macro_name(f'continual_{d.stream}_over_{d.against}') + (macro_name(f'without_{d.without}') if d.without else '')] = latex_difference(d.difference, d.low, d.high)
+    memory = buffer_frame(frame, s)
+    out |= {macro_name(f'continual_{x}_{n}_memory_{b}'): percent(memory.loc[(x, n), b]) for x, n in memory.index for b in s.buffers}
+    out |= {macro_name(f'continual_{x}_{n}_changes', *part.split()): percent(v) for (x, n), row in changes.iterrows() for part, v in row.items()}
     return out
 
 # %% ../nbs/41_continual_report.ipynb #3fe37a99
@@ -253,6 +268,7 @@ def write_continual(
     frame, bounds, found, out = continual_frame(records), bound_frame(records), continual_differences(records, s), Artefacts(s.profile, root)
     fig = continual_figure(forgetting_curves(records, s), bounds)
     made = [('figures', 'continual.pdf', figure_bytes(fig)), *(('tables', f'continual_{x}.tex', continual_latex(continual_table(frame, bounds, found, x, s), x, s)) for x in s.streams),
-            ('tables', 'continual_changes.tex', changes_latex(records, s)), ('tables', 'continual_numbers.tex', macros(continual_numbers(frame, bounds, found, s)))]
+            ('tables', 'continual_memory.tex', buffer_latex(frame, s)), ('tables', 'continual_changes.tex', changes_latex(records, s)),
+            ('tables', 'continual_numbers.tex', macros(continual_numbers(frame, bounds, found, changes_frame(records), s)))]
     plt.close(fig)
     return [out.write(kind, name, content, records, 'exp_continual') for kind, name, content in made]

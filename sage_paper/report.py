@@ -201,7 +201,7 @@ def to_latex(
     return '\n'.join([*lines[:top + 1], *heads, *lines[mid:], f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
 
 # %% ../nbs/31_report.ipynb #8b0a2516
-_DIGITS = str.maketrans({'0': 'Zero', '2': 'Two', '5': 'Five', '9': 'Nine'})
+_DIGITS = str.maketrans(dict(zip('0123456789', 'Zero One Two Three Four Five Six Seven Eight Nine'.split())))
 
 def macro_name(*parts)->str:
     "A LaTeX command name, of letters only"
