@@ -107,14 +107,14 @@ def continual_figure(
 ):
     "A row a stream: old tools, and new ones that have arrived, round by round, with intervals over seeds"
     import matplotlib.pyplot as plt
-    streams = list(dict.fromkeys(curves.stream))
+    streams = [x for x in STREAMS if x in set(curves.stream)]
     with paper_style():
-        fig, axes = plt.subplots(len(streams), 2, figsize=(6.85, 0.4 + 2.2*len(streams)), squeeze=False, sharex='row')
+        fig, axes = plt.subplots(len(streams), 2, figsize=(6.85, 0.5 + 1.75*len(streams)), squeeze=False, sharex='row')
         for pair, stream in zip(axes, streams):
             for ax, which in zip(pair, ('old', 'new')):
                 for name in (n for n in STRATEGIES if n in set(curves.strategy)): _curve(ax, curves[(curves.stream == stream) & (curves.strategy == name)], which, STRATEGIES[name])
                 for name in BOUNDS: _level(ax, bounds[(bounds.stream == stream) & (bounds.strategy == name)][which].mean(), STRATEGIES[name])
-                ax.set(ylim=(0, None), title=f'{STREAMS[stream]}: {dict(old="old tools", new="new tools that have arrived")[which]}', xlabel='rounds of new tools')
+                ax.set(ylim=(0, min(1.02, ax.get_ylim()[1])), title=f'{STREAMS[stream]}: {dict(old="old tools", new="new tools that have arrived")[which]}', xlabel='rounds of new tools')
                 ax.xaxis.get_major_locator().set_params(integer=True)
             pair[0].set_ylabel('right tool, held-out queries')
         fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=6)
@@ -183,7 +183,7 @@ def continual_latex(
 )->str:
     "The table as LaTeX, its note included"
     at = s.streams.index(stream)
-    note = (f'{STREAMS[stream]}: percent of held-out queries with the right tool after {s.n_new[at]} new tools in {s.rounds[at]} rounds, on the {s.n_old[at]} old tools, on the new ones, and their mean; points lost on the old ones; '
+    note = (f'{STREAMS[stream]}: percent of held-out queries with the right tool after {s.n_new[at]:,} new tools in {s.rounds[at]} rounds, on the {s.n_old[at]:,} old tools, on the new ones, and their mean; points lost on the old ones; '
             f'accuracy on a round\'s tools right after it; mean over all moments and tasks so far; operations; and by how many points the mean of SAGE is ahead, with the paired 95\\% interval over tools and a star where $p<0.05$ after Holm\'s correction. '
             f'Memory of {s.buffer_size:,} samples. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, orders {", ".join(s.orders)} of the new tools in turn. Profile {s.profile}.')
     return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
@@ -218,19 +218,20 @@ def buffer_latex(frame:pd.DataFrame, s:Continual)->str:
     return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
 
 # %% ../nbs/41_continual_report.ipynb #2a875b98
+def _changes(records): return sorted((r for r in records if r['spec']['protocol'] == 'changes'), key=lambda r: [*STRATEGIES].index(r['spec']['strategy']))
+
 def changes_frame(
     records,
 )->pd.DataFrame: # a row a stream and strategy
     "What tools that change end with: accuracy on each part, mean over seeds; the parts that are no longer right come last"
-    rows = [dict(stream=r['spec']['stream'], strategy=r['spec']['strategy'], **dict(zip(r['result']['parts'], r['result']['matrix'][-1]))) for r in records if r['spec']['protocol'] == 'changes']
+    rows = [dict(stream=r['spec']['stream'], strategy=r['spec']['strategy'], **dict(zip(r['result']['parts'], r['result']['matrix'][-1]))) for r in _changes(records)]
     return pd.DataFrame(rows).groupby(['stream', 'strategy'], sort=False).mean()
 
 def changes_latex(records, s:Continual)->str:
     "The changes as LaTeX"
     rows = {}
-    for r in records:
-        if r['spec']['protocol'] == 'changes':
-            for part, x in zip(r['result']['parts'], r['result']['matrix'][-1]): rows.setdefault((r['spec']['stream'], r['spec']['strategy']), {}).setdefault(part, []).append(100*x)
+    for r in _changes(records):
+        for part, x in zip(r['result']['parts'], r['result']['matrix'][-1]): rows.setdefault((r['spec']['stream'], r['spec']['strategy']), {}).setdefault(part, []).append(100*x)
     table = pd.DataFrame({STRATEGIES[k[1]].label: {p: cell(x, 1) for p, x in v.items()} for k, v in rows.items()}).T
     note = f'Percent of held-out queries answered as is right at the end; in the last two columns as was right before, which is an error. {s.n_changed} tools retired, {s.n_changed} changed. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds. Profile {s.profile}.'
     return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
@@ -259,13 +260,16 @@ def continual_numbers(
 
 # %% ../nbs/41_continual_report.ipynb #3fe37a99
 def write_continual(
-    records, s:Continual, root=None,
+    records, s:Continual,
+    found=None, # as from `continual_differences`, which takes longest; made anew if not given
+    root=None,
 )->list: # of paths
     "Check the records, then write figure, tables and numbers"
     import matplotlib.pyplot as plt
     check_runs(records, continual_specs(s))
     records = sorted(records, key=lambda r: r['key'])
-    frame, bounds, found, out = continual_frame(records), bound_frame(records), continual_differences(records, s), Artefacts(s.profile, root)
+    frame, bounds, out = continual_frame(records), bound_frame(records), Artefacts(s.profile, root)
+    found = continual_differences(records, s) if found is None else found
     fig = continual_figure(forgetting_curves(records, s), bounds)
     made = [('figures', 'continual.pdf', figure_bytes(fig)), *(('tables', f'continual_{x}.tex', continual_latex(continual_table(frame, bounds, found, x, s), x, s)) for x in s.streams),
             ('tables', 'continual_memory.tex', buffer_latex(frame, s)), ('tables', 'continual_changes.tex', changes_latex(records, s)),

@@ -23,12 +23,14 @@ PAPER, SMOKE = (load_settings('continual', p, ROOT/'settings.ini') for p in ('pa
 
 def test_every_strategy_has_as_many_tries():
     tries = Counter(read_choice(x)[0] for x in PAPER.grid)
-    assert set(tries) == set(PAPER.strategies) and set(tries.values()) == {4}
+    assert set(tries) >= set(PAPER.strategies) and set(tries.values()) == {4}
     assert len(set(PAPER.grid)) == len(PAPER.grid)
 
 
 @pytest.mark.parametrize('s', [PAPER, SMOKE], ids=['paper', 'smoke'])
-def test_every_strategy_has_one_choice(s): assert sorted(read_choice(x)[0] for x in s.chosen) == sorted(s.strategies)
+def test_every_strategy_has_one_choice(s):
+    chosen = [read_choice(x)[0] for x in s.chosen]
+    assert len(set(chosen)) == len(chosen) and set(chosen) >= set(s.strategies)
 
 
 def test_the_choices_are_among_the_tries(): assert {read_choice(x) for x in PAPER.chosen} <= {read_choice(x) for x in PAPER.grid}
