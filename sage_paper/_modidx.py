@@ -294,6 +294,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.run_row': ( 'continual_report.html#run_row',
                                                                                       'sage_paper/continual_report.py'),
+                                             'sage_paper.continual_report.search_latex': ( 'continual_report.html#search_latex',
+                                                                                           'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.side_effects': ( 'continual_report.html#side_effects',
                                                                                            'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.tool_curves': ( 'continual_report.html#tool_curves',

@@ -6,15 +6,15 @@
 __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'pick', 'run_row', 'continual_frame', 'bound_frame', 'weighted_answers', 'ahead',
            'continual_differences', 'forgetting_curves', 'continual_figure', 'tool_curves', 'continual_chart',
            'continual_table', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex', 'changes_frame',
-           'changes_latex', 'continual_numbers', 'write_continual']
+           'changes_latex', 'search_latex', 'continual_numbers', 'write_continual']
 
 # %% ../nbs/41_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
 from .config import Continual, load_settings
-from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_specs, old_and_later
+from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_choices, continual_specs, old_and_later, old_new
 from .forgetting import LEVELS, lost_by_level, matrix_numbers
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, macro_name, macros,
+from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, macro_name, macros,
                                paper_style, percent, to_latex)
 from .statistics import first_reached, holm, paired_bootstrap, t_interval
 
@@ -236,6 +236,24 @@ def changes_latex(records, s:Continual)->str:
     note = f'Percent of held-out queries answered as is right at the end; in the last two columns as was right before, which is an error. {s.n_changed} tools retired, {s.n_changed} changed. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds. Profile {s.profile}.'
     return to_latex(table, ['& ' + ' & '.join(table.columns) + r' \\'], note)
 
+# %% ../nbs/41_continual_report.ipynb #c9d53c38
+def search_latex(
+    tuning, # records of the search
+    s:Continual,
+)->str:
+    "The search for rates and knobs as LaTeX, a row a try"
+    best, rows = continual_choices(tuning), []
+    for r in sorted(tuning, key=lambda r: ([*STRATEGIES].index(r['spec']['strategy']), r['spec']['lr'], r['spec']['knob'] or 0.)):
+        name, lr, knob = (r['spec'][k] for k in ('strategy', 'lr', 'knob'))
+        two = old_new(r['result'])
+        numbers = [f'{100*x:.1f}' for x in (*two, np.mean(two))]
+        rows.append([STRATEGIES[name].label, latex_number(lr), '---' if knob is None else f'{knob:g}' if knob < 100 else latex_number(knob), *numbers[:2], f'\\textbf{{{numbers[2]}}}' if best[name] == (lr, knob) else numbers[2]])
+    table = pd.DataFrame(rows).set_index(0)
+    n = len({r['spec']['seed'] for r in tuning})
+    note = (f'{STREAMS[s.streams[0]]}, tools of the tuning split, {n} seed{"s"*(n > 1)}, profile {s.profile}: percent of held-out queries with the right tool at the end. Strength: EWC\'s $\\lambda$, the part of a step that replay and SuRe draw from memory, '
+            'the weight of DER++\'s logits, the part $\\tau$ of its way that SAGE keeps. Bold: what was taken.')
+    return to_latex(table, [r'& rate & strength & old & new & mean \\'], note)
+
 # %% ../nbs/41_continual_report.ipynb #1c40bf45
 def continual_numbers(
     frame:pd.DataFrame, bounds:pd.DataFrame, found:pd.DataFrame, changes:pd.DataFrame, # as from the functions above
@@ -260,7 +278,9 @@ def continual_numbers(
 
 # %% ../nbs/41_continual_report.ipynb #3fe37a99
 def write_continual(
-    records, s:Continual,
+    records,    # of the reported runs
+    tuning,     # of the search; none where a profile does not search
+    s:Continual,
     found=None, # as from `continual_differences`, which takes longest; made anew if not given
     root=None,
 )->list: # of paths
@@ -275,4 +295,5 @@ def write_continual(
             ('tables', 'continual_memory.tex', buffer_latex(frame, s)), ('tables', 'continual_changes.tex', changes_latex(records, s)),
             ('tables', 'continual_numbers.tex', macros(continual_numbers(frame, bounds, found, changes_frame(records), s)))]
     plt.close(fig)
-    return [out.write(kind, name, content, records, 'exp_continual') for kind, name, content in made]
+    paths = [out.write(kind, name, content, records, 'exp_continual') for kind, name, content in made]
+    return paths + [out.write('tables', 'continual_rates.tex', search_latex(tuning, s), tuning, 'exp_continual') for _ in range(bool(tuning))]

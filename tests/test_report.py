@@ -129,8 +129,12 @@ def test_another_profile_does_not_touch_the_paper(tmp_path):
 
 
 def test_the_readme_says_what_the_paper_says():
-    numbers = dict(re.findall(r'\\newcommand\{\\(\w+)\}\{(.*)\}', (ROOT/'tables/streaming_numbers.tex').read_text()))
-    assert f'{numbers["StreamingFullAccuracy"]}% against {numbers["BatchFullAccuracy"]}%' in (ROOT/'README.md').read_text()
+    numbers = {k: v for name in ('streaming', 'continual') for k, v in re.findall(r'\\newcommand\{\\(\w+)\}\{(.*)\}', (ROOT/f'tables/{name}_numbers.tex').read_text())}
+    said = (ROOT/'README.md').read_text()
+    assert f'{numbers["StreamingFullAccuracy"]}% against {numbers["BatchFullAccuracy"]}%' in said
+    assert f'{numbers["ContinualToolstreamSageLost"]} points lost where fine-tuning loses {numbers["ContinualToolstreamFinetuneLost"]}' in said
+    over = [re.match(r'\$\+([0-9.]+)\$', numbers[f'ContinualToolstreamOver{k}'])[1] for k in ('Er', 'Sure')]
+    assert f'{over[0]} points above replay and {over[1]} above SuRe on ToolStream' in said
 
 
 def test_what_was_timed_is_what_the_settings_ask_for():
