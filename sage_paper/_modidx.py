@@ -1143,6 +1143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sage_paper.trainers.Trainer.fitting': ('trainers.html#trainer.fitting', 'sage_paper/trainers.py'),
                                      'sage_paper.trainers.Trainer.left': ('trainers.html#trainer.left', 'sage_paper/trainers.py'),
                                      'sage_paper.trainers.Trainer.phase': ('trainers.html#trainer.phase', 'sage_paper/trainers.py'),
+                                     'sage_paper.trainers.Trainer.scored': ('trainers.html#trainer.scored', 'sage_paper/trainers.py'),
                                      'sage_paper.trainers.Trainer.sizes': ('trainers.html#trainer.sizes', 'sage_paper/trainers.py'),
                                      'sage_paper.trainers.Trainer.spent': ('trainers.html#trainer.spent', 'sage_paper/trainers.py'),
                                      'sage_paper.trainers.Trainer.step': ('trainers.html#trainer.step', 'sage_paper/trainers.py'),

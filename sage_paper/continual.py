@@ -119,9 +119,7 @@ def score_all(
     "What the model as it is makes of samples; the cost goes into the ledger"
     order = np.argsort([len(e.ids) for e in encoded], kind='stable')
     parts = [see(trainer.lm, trainer.lm.collate([encoded[k] for k in order[i:i + batch_size]]), needs) for i in range(0, len(order), batch_size)]
-    b = trainer.budget
-    b.scored_samples, b.scored_tokens = b.scored_samples + len(encoded), b.scored_tokens + sum(len(e.ids) for e in encoded)
-    b.flops += forward_flops(trainer.shape, encoded)
+    trainer.scored(encoded)
     return Seen(**{f: np.concatenate([getattr(p, f) for p in parts])[np.argsort(order)] for f in needs}, length=np.array([e.n_answer for e in encoded]))
 
 # %% ../nbs/28_continual.ipynb #bf4b3ba9
@@ -170,8 +168,7 @@ class Springs(Strategy):
     def after_phase(self, phase):
         some = [phase.samples[k] for k in self.rng.permutation(len(phase.samples))[:self.n_fisher]]
         self.ewc.consolidate(diagonal_fisher(self.lm, some))
-        b = self.trainer.budget
-        b.scored_samples, b.scored_tokens, b.flops = b.scored_samples + len(some), b.scored_tokens + sum(len(e.ids) for e in some), b.flops + 3*forward_flops(self.trainer.shape, some)
+        self.trainer.scored(some, 3)   # backward passes included
 
 # %% ../nbs/28_continual.ipynb #a8fa8a50
 class Projected(Replay):

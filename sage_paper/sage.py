@@ -9,7 +9,7 @@ __all__ = ['N_LIKELY', 'teach', 'beside', 'logit_loss', 'Dark', 'BalancedBuffer'
 import numpy as np, torch
 from fastcore.basics import patch
 from .continual import Held, Replay, score_all
-from .model import forward, forward_flops, mean_by_row
+from .model import forward, mean_by_row
 from .replay import Buffer, Draw, ImportanceBuffer, ReservoirBuffer
 from .selectors import Seen
 from .ssis import SSIS
@@ -35,8 +35,7 @@ def teach(
         indices, logits = (x.cpu() for x in trainer.lm.play(_likeliest, trainer.lm.collate(some)))
         ends = np.cumsum([e.n_answer for e in some])
         out += [(indices[end - e.n_answer:end].int().clone(), logits[end - e.n_answer:end].half().clone()) for e, end in zip(some, ends)]
-    b = trainer.budget
-    b.scored_samples, b.scored_tokens, b.flops = b.scored_samples + len(encoded), b.scored_tokens + sum(len(e.ids) for e in encoded), b.flops + forward_flops(trainer.shape, encoded)
+    trainer.scored(encoded)
     return out
 
 # %% ../nbs/29_sage.ipynb #4229fbb0

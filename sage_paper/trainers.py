@@ -105,6 +105,16 @@ def fitting(self:Trainer, encoded)->int:
     "How many samples, from the first on, the total has room for"
     return int(np.searchsorted(np.cumsum(self.sizes(encoded)), self.left, 'right'))
 
+@patch
+def scored(self:Trainer,
+    encoded, # of `Encoded`, looked at and not trained on
+    passes=1, # forward passes each was worth
+):
+    "Enter samples into the ledger that were only scored"
+    b = self.budget
+    b.scored_samples, b.scored_tokens = b.scored_samples + len(encoded), b.scored_tokens + sum(len(e.ids) for e in encoded)
+    b.flops += passes*forward_flops(self.shape, encoded)
+
 # %% ../nbs/25_trainers.ipynb #4b1537aa
 @patch
 def _learn(self:Trainer, *tensors):
@@ -334,10 +344,8 @@ def sift(
     else:
         batch, s = trainer.lm.collate(new), trainer.shape
         mask, terms = selector.judge(see(trainer.lm, batch, selector.needs, irreducible and np.array([irreducible[e] for e in new])))
-        trainer.budget.scored_samples += len(new)
-        trainer.budget.scored_tokens += batch.n_tokens
-        gradient = 2*s.hidden*s.vocabulary*sum(e.n_answer for e in new)*('gradient' in selector.needs)   # the product in `gain_gradients`
-        trainer.budget.flops += forward_flops(s, new) + gradient
+        trainer.scored(new)
+        trainer.budget.flops += 2*s.hidden*s.vocabulary*sum(e.n_answer for e in new)*('gradient' in selector.needs)   # the product in `gain_gradients`
     return [e for e, m in zip(new, mask) if m], terms[:, mask]
 
 # %% ../nbs/25_trainers.ipynb #a8f3bf01
