@@ -1021,6 +1021,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sage_paper.ssis.term_correlations': ('ssis.html#term_correlations', 'sage_paper/ssis.py')},
             'sage_paper.statistics': { 'sage_paper.statistics._cluster_sums': ('statistics.html#_cluster_sums', 'sage_paper/statistics.py'),
                                        'sage_paper.statistics._differences': ('statistics.html#_differences', 'sage_paper/statistics.py'),
+                                       'sage_paper.statistics._draws': ('statistics.html#_draws', 'sage_paper/statistics.py'),
                                        'sage_paper.statistics._resampled_means': ( 'statistics.html#_resampled_means',
                                                                                    'sage_paper/statistics.py'),
                                        'sage_paper.statistics.anytime_average': ( 'statistics.html#anytime_average',

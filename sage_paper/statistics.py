@@ -7,6 +7,7 @@ __all__ = ['t_interval', 'interquartile_mean', 'paired_bootstrap', 'clustered_ra
            'first_reached', 'anytime_average']
 
 # %% ../nbs/13_statistics.ipynb #5c40b1de
+from functools import lru_cache
 import numpy as np
 from joblib import Parallel, delayed
 from scipy import stats
@@ -40,7 +41,7 @@ def paired_bootstrap(
     "Bootstrap of the mean difference over clusters"
     diff, (names, group) = _differences(a, b, clusters), np.unique(clusters, return_inverse=True)
     if (k := len(names)) < 2: raise ValueError(f'{k} cluster: at least two are needed to say how much they differ')
-    means = _resampled_means(np.bincount(group, diff), np.bincount(group), n_boot, np.random.default_rng(seed))
+    means = _resampled_means(np.bincount(group, diff), np.bincount(group), n_boot, seed)
     low, high = np.quantile(means, [(1 - level)/2, (1 + level)/2])
     p = 2*min((1 + (means <= 0).sum())/(n_boot + 1), (1 + (means >= 0).sum())/(n_boot + 1))
     return dict(difference=float(diff.mean()), low=float(low), high=float(high), p=float(min(p, 1)))
@@ -52,11 +53,18 @@ def _differences(a, b, clusters):
     if not np.isfinite(a - b).all(): raise ValueError('a score is missing or infinite; compare on items that both methods have')
     return a - b
 
-def _resampled_means(total, size, n_boot, rng):
+def _resampled_means(total, size, n_boot, seed):
     "[n_boot], means over as many clusters as there are, drawn with replacement"
-    k, block = len(size), max(1, 2**20//len(size))
-    draws = (rng.multinomial(k, np.full(k, 1/k), size=min(block, n_boot - i)) for i in range(0, n_boot, block))
-    return np.round(np.concatenate([(d*total).sum(1)/(d*size).sum(1) for d in draws]), 12)
+    return np.round(np.concatenate([(d*total).sum(1)/(d*size).sum(1) for d, _ in _draws(len(size), 0, n_boot, seed)]), 12)
+
+@lru_cache(maxsize=2)   # drawing takes longer than what is done with it, and one table asks for the same draws again and again
+def _draws(k, n_runs, n_boot, seed):
+    "How often each of k clusters, and each of the runs, is drawn: blocks of [n, k] and [n, n_runs]"
+    rng, out = np.random.default_rng(seed), []
+    for i in range(0, n_boot, block := max(1, 2**20//k)):
+        clusters = rng.multinomial(k, np.full(k, 1/k), size=(n := min(block, n_boot - i)))
+        out.append((clusters.astype(np.int16), rng.multinomial(n_runs, np.full(n_runs, 1/n_runs), size=n) if n_runs else None))
+    return out
 
 # %% ../nbs/13_statistics.ipynb #6dfbd7db
 def clustered_ratio(
@@ -67,10 +75,8 @@ def clustered_ratio(
     "Ratio of two sums over runs and items, with a bootstrap over clusters and runs"
     (num, k), (den, _) = (_cluster_sums(x, clusters) for x in (numerator, denominator))
     if not den.sum(): return dict.fromkeys(('value', 'low', 'high'), float('nan'))
-    rng, n_runs, out = np.random.default_rng(seed), len(num), []
-    for i in range(0, n_boot, block := max(1, 2**20//k)):
-        draws = rng.multinomial(k, np.full(k, 1/k), size=min(block, n_boot - i))
-        runs = rng.multinomial(n_runs, np.full(n_runs, 1/n_runs), size=len(draws))
+    n_runs, out = len(num), []
+    for draws, runs in _draws(k, n_runs, n_boot, seed):
         top, bottom = (sum(runs[:, r]*(draws*x[r]).sum(1) for r in range(n_runs)) for x in (num, den))
         out.append(np.divide(top, bottom, out=np.full(len(draws), np.nan), where=bottom > 0))
     low, high = np.nanquantile(np.concatenate(out), [(1 - level)/2, (1 + level)/2]) if k > 1 else (np.nan, np.nan)
