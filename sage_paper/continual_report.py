@@ -149,16 +149,20 @@ def continual_chart(
 ): # `altair.Chart`
     "Tools by what was lost of them, and the curves of the one under the pointer"
     import altair as alt
-    pick_strategy = alt.selection_point(fields=['strategy'], bind='legend')
+    chosen = alt.selection_point(fields=['strategy'], bind='legend')
     hover = alt.selection_point(fields=['tool'], on='pointerover', nearest=True, value=curves.tool.iloc[0])
     looks = [l for l in STRATEGIES.values() if l.label in set(curves.strategy)]
-    colour = alt.Color('strategy:N', scale=alt.Scale(domain=[l.label for l in looks], range=[l.colour for l in looks]), title=None)
-    base = alt.Chart(curves.assign(age=curves.old.map({True: 'old', False: 'new'}))).transform_filter(pick_strategy)
-    points = base.mark_point(size=40, filled=True).encode(x=alt.X('mean(end):Q', title='right at the end'), y=alt.Y('mean(lost):Q', title='lost since its best'), detail='tool:N', shape=alt.Shape('age:N', title=None),
-                                              opacity=alt.condition(hover, alt.value(1), alt.value(0.25)), tooltip=['tool:N', 'age:N']).add_params(hover).properties(width=260, height=260, title='one point a tool')
-    lines = base.transform_filter(hover).transform_flatten(['curve']).transform_window(round='row_number()', groupby=['tool', 'strategy']).transform_calculate(round='datum.round - 1').mark_line(point=True).encode(
-        x=alt.X('round:O', title='rounds of new tools', axis=alt.Axis(labelAngle=0)), y=alt.Y('curve:Q', title='right tool', scale=alt.Scale(domain=[0, 1])), color=colour, tooltip=['tool:N', 'strategy:N', 'round:Q', 'curve:Q']).add_params(pick_strategy).properties(width=320, height=260)
-    return points | lines
+    names = [l.label for l in looks]
+    colour = alt.Color('strategy:N', scale=alt.Scale(domain=names, range=[l.colour for l in looks]), title=None)
+    dash = alt.StrokeDash('strategy:N', scale=alt.Scale(domain=names, range=[[1, 0] if l.line == '-' else [3*x for x in l.line[1]] for l in looks]), title=None)
+    base = alt.Chart(curves.assign(age=curves.old.map({True: 'old', False: 'new'}))).transform_filter(chosen)
+    points = base.mark_point(size=40, filled=True, color='black').encode(x=alt.X('mean(end):Q', title='right at the end'), y=alt.Y('mean(lost):Q', title='lost since its best'), detail='tool:N', shape=alt.Shape('age:N', title=None),
+                                              opacity=alt.condition(hover, alt.value(1), alt.value(0.2))).add_params(hover).properties(width=260, height=260, title='one point a tool')
+    of = base.transform_filter(hover)
+    lines = of.transform_flatten(['curve']).transform_window(round='row_number()', groupby=['tool', 'strategy']).transform_calculate(round='datum.round - 1').mark_line(point=True).encode(
+        x=alt.X('round:O', title='rounds of new tools', axis=alt.Axis(labelAngle=0)), y=alt.Y('curve:Q', title='right tool', scale=alt.Scale(domain=[0, 1])), color=colour, strokeDash=dash, tooltip=['strategy:N', 'round:Q', 'curve:Q']).add_params(chosen)
+    name = of.transform_aggregate(n='count()', groupby=['tool', 'age']).transform_calculate(said='datum.tool + ", " + datum.age').mark_text(align='left', fontWeight='bold').encode(x=alt.value(0), y=alt.value(-10), text='said:N')
+    return points | (lines + name).properties(width=320, height=260)
 
 # %% ../nbs/41_continual_report.ipynb #b27ff9f5
 def continual_table(
