@@ -148,5 +148,5 @@ def test_what_is_logged():
 
 def test_nothing_to_explain_is_no_number():
     logits, value, evaluate, r = table()
-    ppo = PPO([logits, value], torch.optim.SGD([logits, value], lr=0.1), KLPrice(0.))
+    ppo = PPO([logits, value], torch.optim.SGD([logits, value], lr=0.1), KLPrice(0.), lam=1.)
     assert np.isnan(ppo.update(r._replace(reward=torch.ones(64)), evaluate)['explained'])
