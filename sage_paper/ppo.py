@@ -58,6 +58,10 @@ def advantages(
     return out, (out + value)*mask
 
 # %% ../nbs/31_ppo.ipynb #f395b93a
+def _larger(plain, clipped, mask):
+    "Mean of the larger of two losses, and where the clipped one decides"
+    return masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+
 def policy_loss(
     logp, old, # [n, T], now and when the answers were written
     advantage, mask,
@@ -65,8 +69,7 @@ def policy_loss(
 )->tuple: # (loss, part of the tokens that are clipped)
     "The clipped objective"
     ratio = (logp - old).exp()
-    plain, clipped = -advantage*ratio, -advantage*ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+    return _larger(-advantage*ratio, -advantage*ratio.clamp(1 - clip, 1 + clip), mask)
 
 # %% ../nbs/31_ppo.ipynb #5e94fa55
 def value_loss(
@@ -75,8 +78,8 @@ def value_loss(
     clip=0.2,
 )->tuple: # (loss, part of the tokens that are clipped)
     "Half the squared error; the larger one of the value as it is and of the value held near the old one"
-    plain, clipped = (value - returns)**2, (old + (value - old).clamp(-clip, clip) - returns)**2
-    return masked_mean(torch.maximum(plain, clipped), mask)/2, masked_mean((clipped > plain).float(), mask)
+    loss, part = _larger((value - returns)**2, (old + (value - old).clamp(-clip, clip) - returns)**2, mask)
+    return loss/2, part
 
 # %% ../nbs/31_ppo.ipynb #3b1250bf
 @dataclass

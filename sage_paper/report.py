@@ -191,10 +191,11 @@ def clearly_best(
 # %% ../nbs/61_report.ipynb #50ef2040
 def to_latex(
     table:pd.DataFrame, # of LaTeX cells
-    heads:list,  # LaTeX lines above the rows, each ending in `\\`
+    heads:list,  # LaTeX lines above the rows, each ending in `\\`; None: one of the columns' names
     note:str,    # what, how many, which profile
 )->str:
     "A booktabs tabular with a line of notes below it"
+    if heads is None: heads = ['& ' + ' & '.join(table.columns) + r' \\']
     body = table.style.to_latex(hrules=True, column_format='l' + 'r'*len(table.columns))
     lines = body.splitlines()
     top, mid = lines.index('\\toprule'), lines.index('\\midrule')
