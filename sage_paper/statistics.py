@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['t_interval', 'interquartile_mean', 'paired_bootstrap', 'clustered_ratio', 'holm', 'paired_bootstrap_many',
-           'first_reached', 'anytime_average']
+           'first_reached', 'anytime_average', 'reliability', 'calibration_error']
 
 # %% ../nbs/13_statistics.ipynb #5c40b1de
 from functools import lru_cache
@@ -129,3 +129,21 @@ def anytime_average(
     "Area under the curve over its width"
     x, y = np.asarray(x, float), np.asarray(y, float)
     return float(np.trapezoid(y, x)/(x[-1] - x[0]))
+
+# %% ../nbs/13_statistics.ipynb #8606f9fc
+def reliability(
+    confidence, # [n], in [0, 1]
+    right,      # [n], bool
+    edges,      # [bins + 1], ascending, around all confidences
+)->list: # of (mean confidence, share that is right, verdicts) for each bin that is not empty
+    "How often verdicts are right that come with like confidence"
+    confidence, right = np.asarray(confidence, float), np.asarray(right, float)
+    at = np.clip(np.searchsorted(edges, confidence, 'right') - 1, 0, len(edges) - 2)
+    return [(float(confidence[at == k].mean()), float(right[at == k].mean()), int((at == k).sum())) for k in range(len(edges) - 1) if (at == k).any()]
+
+def calibration_error(
+    curve, # as from `reliability`
+)->float: # in [0, 1]
+    "Mean distance of confidence from what it earned"
+    sure, earned, n = np.array(curve, float).T
+    return float(n @ np.abs(sure - earned)/n.sum())
