@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SettingsError', 'find_root', 'Profile', 'in_range', 'Streaming', 'Challenges', 'Efficiency', 'Coreset',
-           'Arrivals', 'Continual', 'accepted', 'convert', 'typed', 'read_ini', 'load_settings', 'notebook_parameters',
-           'notebook_settings']
+           'Arrivals', 'Continual', 'Reinforcement', 'accepted', 'convert', 'typed', 'read_ini', 'load_settings',
+           'notebook_parameters', 'notebook_settings']
 
 # %% ../nbs/00_config.ipynb #e45e1cd1
 import configparser, dataclasses, difflib, os, typing
@@ -232,8 +232,52 @@ class Continual(Arrivals):
         in_range(self, ('logit_weight', 'gain', 'sharpness'), lambda x: x >= 0, '0 or more')
         if len(self.share) != 2 or not 0 <= self.share[0] <= self.share[1] < 1: raise SettingsError(f'share = {self.share!r}: expected two numbers, rising, from 0 to below 1')
 
+# %% ../nbs/00_config.ipynb #a9a7b6c2
+@dataclass(frozen=True)
+class Reinforcement(Profile):
+    "Settings of `exp_rl`"
+    methods: tuple[Literal['ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo', 'more', 'gold'], ...] # rows of the table, after the supervised policy
+    start_epochs: int             # passes of the supervised policy, which is that of `exp_challenges`, closed book
+    practice: tuple[int, ...]     # queries to practise on: timing, planning, selection
+    test_per_set: int             # held-out queries of each
+    curve_queries: int            # held-out plans that are answered along the way
+    transfer: tuple[Literal['sageworld', 'bfcl', 'api-bank'], ...] # other tools, whose documents are given
+    transfer_queries: int         # most queries of each
+    kept: Literal['sageworld', 'toolstream'] # what was learnt before, and may be forgotten
+    rounds: int                   # of practice
+    n_queries: int                # a round
+    n_answers: int                # to each
+    temperature: float            # these are drawn with
+    max_new_tokens: int           # longest answer
+    passes: int                   # of PPO over the answers of a round
+    minibatch: int                # answers a step, or half as many pairs
+    lr_value: float               # of PPO's values
+    pairs: int                    # of a query, in DPO
+    margin: float                 # reward by which answers of a pair differ, at least
+    nll_weight: float             # of the chosen answers' own loss, in `dpo_nll`
+    model_rounds: int             # whose answers the reward model learns to rank; one more is held out
+    model_pairs: int              # of a query, for the reward model
+    lr_model: float               # of the reward model
+    steps: int                    # of the supervised learners, a round
+    batch_size: int               # demonstrations a step
+    warmup: float                 # part of further supervised training over which the learning rate rises
+    eval_batch_size: int          # queries answered at a time
+    n_evaluations: int            # along the way, after the one at the start
+    executors: int                # processes that run plans
+    checkpoint_seconds: float     # of work between two checkpoints
+    grid: tuple[str, ...]         # what is tried on tuning queries: method:rate, or method:rate:knob
+    chosen: tuple[str, ...]       # what came out best for each method
+
+    def __post_init__(self):
+        if len(self.practice) != 3: raise SettingsError(f'practice = {self.practice!r}: expected three numbers of queries, for timing, planning, selection')
+        in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
+        in_range(self, ('temperature', 'lr_value', 'lr_model'), lambda x: x > 0, 'above 0')
+        in_range(self, ('margin', 'nll_weight', 'checkpoint_seconds'), lambda x: x >= 0, '0 or more')
+        in_range(self, ('warmup',), lambda x: 0 <= x <= 1, 'from 0 to 1')
+        in_range(self, ('minibatch',), lambda x: x % 2 == 0 and self.n_queries*self.n_answers % x == 0, f'that is even and divides the {self.n_queries*self.n_answers} answers of a round')
+
 # %% ../nbs/00_config.ipynb #ecdaed79
-EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual}
+EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual, 'rl': Reinforcement}
 
 # %% ../nbs/00_config.ipynb #2427a802
 def accepted(

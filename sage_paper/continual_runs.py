@@ -9,12 +9,12 @@ __all__ = ['CONTINUAL_VERSION', 'OF_SAGE', 'OF_STRATEGY', 'BOUNDS', 'SIZES', 'PE
            'continual_tuning_specs', 'continual_records', 'asked', 'old_and_later', 'old_new', 'continual_choices']
 
 # %% ../nbs/70_continual_runs.ipynb #58ac2124
-import dataclasses, gc, hashlib, json, os
+import dataclasses, hashlib, json, os
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 import numpy as np
-from .assets import cache_dir, model_digest, sha256
+from .assets import cache_dir, model_digest
 from .calls import parse_calls
 from .challenge_runs import split_for
 from .config import Continual, load_settings
@@ -190,21 +190,12 @@ def first_weights(
     s, lm, train:list, # of `Encoded`, the old tools'
 )->str: # their digest
     "Lay the weights that have learnt the old tools into the model; made once, and kept in the cache"
-    from filelock import FileLock
-    from safetensors.torch import load_model, save_model
+    from sage_paper.model import weights_once
     from sage_paper.trainers import Trainer, train_batch
     made_of = ('stream', 'n_old', 'train_per_tool', 'lr_first', 'epochs_first', 'batch_size', 'warmup', 'model', 'precision', 'seed', 'split', 'data', 'weights')
     key = record_key('continual_first', CONTINUAL_VERSION, {k: getattr(s, k) for k in made_of} | dict(device=str(lm.device.type)))
-    path = cache_dir()/'continual'/f'{key}.safetensors'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock'):
-        if not path.exists():
-            train_batch(Trainer(lm, s.lr_first, _total(s, train, s.epochs_first), s.warmup, 1 - s.warmup, unit='tokens'), train, s.batch_size, [], s.seed)
-            save_model(lm.model, str(tmp := path.with_suffix('.tmp')))
-            os.replace(tmp, path)
-            gc.collect()   # the optimizer
-    load_model(lm.model, str(path), device='cpu')
-    return sha256(path)[:16]
+    def learn(): train_batch(Trainer(lm, s.lr_first, _total(s, train, s.epochs_first), s.warmup, 1 - s.warmup, unit='tokens'), train, s.batch_size, [], s.seed)
+    return weights_once(lm, cache_dir()/'continual'/f'{key}.safetensors', learn)
 
 # %% ../nbs/70_continual_runs.ipynb #10084e24
 OF_SAGE = ('logit_weight', 'gain', 'share', 'ssis', 'sharpness')
