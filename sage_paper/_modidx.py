@@ -945,6 +945,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_paper.rl_runs.Questions.on_the_way': ( 'rl_runs.html#questions.on_the_way',
                                                                                  'sage_paper/rl_runs.py'),
                                     'sage_paper.rl_runs._bfcl_cases': ('rl_runs.html#_bfcl_cases', 'sage_paper/rl_runs.py'),
+                                    'sage_paper.rl_runs._finite': ('rl_runs.html#_finite', 'sage_paper/rl_runs.py'),
                                     'sage_paper.rl_runs.grounds': ('rl_runs.html#grounds', 'sage_paper/rl_runs.py'),
                                     'sage_paper.rl_runs.make_learner': ('rl_runs.html#make_learner', 'sage_paper/rl_runs.py'),
                                     'sage_paper.rl_runs.rl_choices': ('rl_runs.html#rl_choices', 'sage_paper/rl_runs.py'),

@@ -154,6 +154,10 @@ def supervised_policy(
         lm.model.load_state_dict(made.model.state_dict())
     return weights_once(lm, cache_dir()/'rl'/f'{key}-{lm.device.type}.safetensors', learn)
 
+def _finite(row):
+    "A row of a log with None for what is not a number, such as the mean length of no answer"
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+
 def run_rl(
     spec:dict, # as from `rl_spec`
     executors=1, # processes that run plans
@@ -172,7 +176,7 @@ def run_rl(
     asked, learner = Questions(s, lm, ground, world, executors), make_learner(s, lm, ground, world, executors)
     rounds = 0 if s.method == 'start' else s.rounds
     done = practise(learner, rounds, asked.on_the_way, s.n_evaluations, cache_dir()/'rl'/f'{record_key("rl", RL_VERSION, spec)}-{lm.device.type}.pt', pause, s.seed)
-    return dict(done, first=first, end=asked.at_the_end())
+    return dict({k: list(map(_finite, rows)) for k, rows in done.items()}, first=first, end=asked.at_the_end())
 
 # %% ../nbs/72_rl_runs.ipynb #492c5216
 ONLY = dict(temperature=('ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo'), passes=('ppo', 'ppo_model'), lr_value=('ppo', 'ppo_model'), pairs=('dpo', 'dpo_nll'), margin=('dpo', 'dpo_nll', 'ppo_model'),
