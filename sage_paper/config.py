@@ -236,7 +236,7 @@ class Continual(Arrivals):
 @dataclass(frozen=True)
 class Reinforcement(Profile):
     "Settings of `exp_rl`"
-    methods: tuple[Literal['ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo', 'more', 'gold'], ...] # rows of the table, after the supervised policy
+    methods: tuple[Literal['ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo', 'best', 'more', 'gold'], ...] # rows of the table, after the supervised policy
     start_epochs: int             # passes of the supervised policy, which is that of `exp_challenges`, closed book
     practice: tuple[int, ...]     # queries to practise on: timing, planning, selection
     test_per_set: int             # held-out queries of each
@@ -249,7 +249,8 @@ class Reinforcement(Profile):
     n_answers: int                # to each
     temperature: float            # these are drawn with
     max_new_tokens: int           # longest answer
-    passes: int                   # of PPO over the answers of a round
+    rise_rounds: int              # rounds over which the rates of PPO, DPO and GRPO rise
+    passes: int                   # of these over what a round has brought
     minibatch: int                # answers a step, or half as many pairs
     lr_value: float               # of PPO's values
     pairs: int                    # of a query, in DPO
@@ -258,7 +259,8 @@ class Reinforcement(Profile):
     model_rounds: int             # whose answers the reward model learns to rank; one more is held out
     model_pairs: int              # of a query, for the reward model
     lr_model: float               # of the reward model
-    steps: int                    # of the supervised learners, a round
+    steps: int                    # a round, of those who learn from demonstrations
+    best_steps: int               # the same for the one that learns from its own successes
     batch_size: int               # demonstrations a step
     warmup: float                 # part of further supervised training over which the learning rate rises
     eval_batch_size: int          # queries answered at a time

@@ -10,7 +10,7 @@ import copy
 import torch
 from fastcore.basics import patch
 from .model import render
-from .practice import Learner, Practice, practise, two_minded
+from .practice import Learner, Practice, practise, rise, two_minded
 from .preferences import ranked_pairs, train_quietly, trl_arguments
 from .rollouts import summary
 
@@ -24,10 +24,10 @@ class DPOLearner(Learner):
         pairs=1,           # of a query
         least=0.1,         # margin of a pair
         passes=1, batch_size=16, # pairs
-        seed=0,
+        seed=0, warm=1,    # warm: rounds until the rate is reached
     ):
         super().__init__(practice.client.lm)
-        self.practice, self.lr, self.beta, self.nll_weight, self.seed = practice, lr, beta, nll_weight, seed
+        self.practice, self.lr, self.beta, self.nll_weight, self.seed, self.warm = practice, lr, beta, nll_weight, seed, warm
         self.pairs, self.least, self.passes, self.batch_size = pairs, least, passes, batch_size
         self.reference = copy.deepcopy(self.lm.model).requires_grad_(False)
         self.opt = torch.optim.AdamW(self.lm.model.parameters(), lr=lr, weight_decay=0., fused=True)
@@ -35,6 +35,7 @@ class DPOLearner(Learner):
     def round(self, round_):
         episodes = self.practice.act(round_)
         pairs = ranked_pairs(episodes, self.least, self.pairs)
+        rise(self.opt, self.lr, round_, self.warm)
         return summary(episodes) | dict(pairs=len(pairs)) | (self.learn(pairs, self.seed + round_) if pairs else {})
 
     def state(self): return super().state() | dict(opt=self.opt.state_dict())

@@ -7,6 +7,7 @@ __all__ = ['Graded', 'grade', 'ListEnd', 'Answers', 'pick', 'KeyValues', 'next_t
            'score_answers']
 
 # %% ../nbs/21_evaluation.ipynb #02984cb7
+import re
 from dataclasses import dataclass
 import numpy as np, torch
 from .calls import Sample, ToolCall, format_calls, parse_calls
@@ -43,12 +44,15 @@ def grade(
     return Graded(name == 0, exact == 0, nll)
 
 # %% ../nbs/21_evaluation.ipynb #454e7261
+_MARK = re.compile(r'[][{}"\\\\]')
+
 class ListEnd:
     "Follows one answer, piece by piece, to the end of its first list of calls"
     def __init__(self): self.depth, self.opened, self.quoted, self.escaped, self.over = 0, False, False, False, False
 
     def read(self, text:str)->bool:
         "Whether the list is complete after this piece"
+        if self.depth and not self.escaped and not _MARK.search(text): return False   # most pieces are words
         for c in text:
             if self.over: break
             if not self.depth: self._outside(c)
@@ -70,18 +74,18 @@ class Answers:
     "Answers to n prompts as they grow by a token each, until all are over"
     def __init__(self, tokenizer, n:int, end_ids=()):
         self.tokenizer, self.end_ids = tokenizer, {tokenizer.eos_token_id, *end_ids}
-        self.ids, self.ends, self.pieces = [[] for _ in range(n)], [ListEnd() for _ in range(n)], {}
+        self.ids, self.ends, self.pieces, self.open = [[] for _ in range(n)], [ListEnd() for _ in range(n)], {}, range(n)
 
     def add(self,
         tokens:list, # the next token of each answer
     )->bool: # whether all are over
         "One more token for each answer that is not over yet"
         for t in {*tokens} - {*self.pieces}: self.pieces[t] = self.tokenizer.decode([t])
-        for ids, end, t in zip(self.ids, self.ends, tokens):
-            if end.over: continue
-            ids.append(t)
-            end.over = t in self.end_ids or end.read(self.pieces[t])
-        return all(e.over for e in self.ends)
+        for k in self.open:
+            self.ids[k].append(t := tokens[k])
+            self.ends[k].over = t in self.end_ids or self.ends[k].read(self.pieces[t])
+        self.open = [k for k in self.open if not self.ends[k].over]
+        return not self.open
 
     def texts(self): return self.tokenizer.batch_decode(self.ids, skip_special_tokens=True)
 

@@ -10,7 +10,7 @@ import os
 import torch
 from fastcore.basics import patch
 from .model import render
-from .practice import Learner, Practice, practise, two_minded
+from .practice import Learner, Practice, practise, rise, two_minded
 from .preferences import train_quietly, trl_arguments
 from .rollouts import summary
 
@@ -23,12 +23,12 @@ class GRPOLearner(Learner):
         minibatch=64,      # answers; divides those of a round
         passes=1,          # over the answers of a round
         clip=0.2, clip_up=0.28, # how far below and above 1 a ratio of probabilities may count
-        seed=0,
+        seed=0, warm=1,    # warm: rounds until the rate is reached
     ):
         n = practice.n_queries*practice.n_answers
         if n % minibatch: raise ValueError(f'minibatch = {minibatch}: expected a divisor of the {n} answers of a round')
         super().__init__(practice.client.lm)
-        self.practice, self.lr, self.minibatch, self.passes, self.clip, self.clip_up, self.seed = practice, lr, minibatch, passes, clip, clip_up, seed
+        self.practice, self.lr, self.minibatch, self.passes, self.clip, self.clip_up, self.seed, self.warm = practice, lr, minibatch, passes, clip, clip_up, seed, warm
         self.opt = torch.optim.AdamW(self.lm.model.parameters(), lr=lr, weight_decay=0., fused=True)
 
     def state(self): return super().state() | dict(opt=self.opt.state_dict())
@@ -43,6 +43,7 @@ def round(self:GRPOLearner, round_):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     p, episodes = self.practice, []
+    rise(self.opt, self.lr, round_, self.warm)
     def answered(prompts, trainer): # of str, each as often as it has answers
         episodes[:] = p.act(round_)
         assert prompts == [r['prompt'] for r in rows for _ in range(p.n_answers)]

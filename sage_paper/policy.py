@@ -11,7 +11,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from .model import LM, Batch, forward
 from .ppo import PPO, KLPrice, Rollouts
-from .practice import Learner, Practice, two_minded
+from .practice import Learner, Practice, rise, two_minded
 from .rollouts import as_tokens, summary
 
 # %% ../nbs/35_policy.ipynb #25a7416f
@@ -64,13 +64,15 @@ class PPOLearner(Learner):
         passes=2, minibatch=64, # answers
         value_weight=0.1, entropy_weight=0., lam=1., seed=0,
         lr_value=1e-3,     # of the layer that reads the values off
+        clip_value=1.,     # how far a value may move in a round; rewards lie in [-1, 1]
+        warm=1,            # rounds until the rate is reached
     ):
         super().__init__(practice.client.lm)
-        self.practice, self.worth, self.minibatch = practice, worth, minibatch
+        self.practice, self.worth, self.minibatch, self.lr, self.warm = practice, worth, minibatch, lr, warm
         self.policy = ValuedPolicy(self.lm)
         self.reference = copy.deepcopy(self.lm.model).requires_grad_(False)
         self.opt = torch.optim.AdamW([dict(params=self.lm.model.parameters()), dict(params=self.policy.value.parameters(), lr=lr_value)], lr=lr, weight_decay=0., fused=True)
-        self.ppo = PPO(self.policy.parameters(), self.opt, price, value_weight=value_weight, entropy_weight=entropy_weight, lam=lam, passes=passes, minibatch=minibatch, seed=seed)
+        self.ppo = PPO(self.policy.parameters(), self.opt, price, clip_value=clip_value, value_weight=value_weight, entropy_weight=entropy_weight, lam=lam, passes=passes, minibatch=minibatch, seed=seed)
 
 # %% ../nbs/35_policy.ipynb #221a10ed
 @patch
@@ -92,6 +94,7 @@ def round(self:PPOLearner, round_):
     episodes = self.practice.act(round_)
     encoded = as_tokens(episodes)
     rollouts = self.look_back(encoded, self.worth(episodes))
+    rise(self.opt, self.lr, round_, self.warm)
     said = self.ppo.update(rollouts, lambda k: self.policy([encoded[i] for i in k.tolist()], rollouts.mask.shape[1]))
     return summary(episodes) | said
 

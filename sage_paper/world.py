@@ -261,8 +261,9 @@ class World:
     entities: dict   # id → `Entity`
     members: dict    # collection → tuple of ids
     made: Counter = field(default_factory=Counter)   # collection → number of entities made by calls
+    touched: set = field(default_factory=set)        # ids of what calls have made, changed or deleted
 
-    def copy(self)->'World': return World(self.tools, self.entities.copy(), self.members.copy(), self.made.copy())
+    def copy(self)->'World': return World(self.tools, self.entities.copy(), self.members.copy(), self.made.copy(), self.touched.copy())
 
 # %% ../nbs/07_world.ipynb #cdcc7026
 @cache
@@ -356,6 +357,7 @@ class Execution:
     def update(self, **fields):
         old = self.entity()
         self.world.entities[old.id] = Entity(old.id, old.collection, {**old.fields, **fields}, old.created)
+        self.world.touched.add(old.id)
 
 # %% ../nbs/07_world.ipynb #e4d75a09
 def _require(f, name, allowed):
@@ -374,6 +376,7 @@ def _increase(f, name, operand): f.update(**{name: f.entity().fields[name] + f.v
 def _delete(f):
     e, w = f.entity(), f.world
     del w.entities[e.id]
+    w.touched.add(e.id)
     w.members[e.collection] = tuple(i for i in w.members[e.collection] if i != e.id)
 
 # %% ../nbs/07_world.ipynb #be34317a
@@ -383,6 +386,7 @@ def _make(f, collection, fields):
     i = f'{collection}-{w.made[collection] + (N_EACH if collection in things() else 0)}'
     w.entities[i] = Entity(i, collection, {k: v for k, v in fields.items() if v is not None}, True)
     w.members[collection] = (*w.members[collection], i)
+    w.touched.add(i)
     return i
 
 def _create(f, collection, fields): return _make(f, collection or f.tool.collection, {k: f.value(v) for k, v in fields.items()})
@@ -458,9 +462,10 @@ def _content(world, entity_id):
     if e is None or not e.created: return entity_id
     return (e.collection, *sorted((k, _content(world, v) if k in ('item', 'original') else v) for k, v in e.fields.items()))
 
-def _state(world):
-    kept = {i: e for i, e in world.entities.items() if not e.created}
-    return kept, Counter(repr(_content(world, i)) for i, e in world.entities.items() if e.created)
+def _state(world, ids):
+    "Those of some entities that were there at the start, and the content of those that were not"
+    there = {i: e for i in ids if (e := world.entities.get(i))}
+    return {i: e for i, e in there.items() if not e.created}, Counter(repr(_content(world, i)) for i, e in there.items() if e.created)
 
 # %% ../nbs/07_world.ipynb #2245ae18
 def _findings(
@@ -475,7 +480,8 @@ def same_end_state(
     gold:Run, predicted:Run, # from the same start
 )->bool:
     "Whether `predicted` has the outcome of `gold`"
-    return _state(gold.world) == _state(predicted.world) and _findings(gold, True) <= _findings(predicted, False)
+    ids = gold.world.touched | predicted.world.touched
+    return _state(gold.world, ids) == _state(predicted.world, ids) and _findings(gold, True) <= _findings(predicted, False)
 
 # %% ../nbs/07_world.ipynb #fcabf48d
 def reaches_end_state(
