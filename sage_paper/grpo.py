@@ -20,7 +20,8 @@ class GRPOLearner(Learner):
     def __init__(self,
         practice:Practice, # whose client asks the model that learns
         lr:float,
-        minibatch=64,      # answers; divides those of a round
+        minibatch=64,      # answers a step; divides those of a round
+        at_once=64,        # answers a pass through the model, at most
         passes=1,          # over the answers of a round
         clip=0.2, clip_up=0.28, # how far below and above 1 a ratio of probabilities may count
         seed=0, warm=1,    # warm: rounds until the rate is reached
@@ -29,6 +30,7 @@ class GRPOLearner(Learner):
         if n % minibatch: raise ValueError(f'minibatch = {minibatch}: expected a divisor of the {n} answers of a round')
         super().__init__(practice.client.lm)
         self.practice, self.lr, self.minibatch, self.passes, self.clip, self.clip_up, self.seed, self.warm = practice, lr, minibatch, passes, clip, clip_up, seed, warm
+        self.parts = next(k for k in range(1, minibatch + 1) if minibatch % k == 0 and minibatch//k <= at_once)   # of a step
         self.opt = torch.optim.AdamW(self.lm.model.parameters(), lr=lr, weight_decay=0., fused=True)
 
     def state(self): return super().state() | dict(opt=self.opt.state_dict())
@@ -52,7 +54,7 @@ def round(self:GRPOLearner, round_):
     def execution(worth, **_): return worth
     rows = [dict(prompt=render(s, self.lm.tokenizer, p.client.tools)[0]) for s in p.queries_of(round_)]
     steps = len(rows)*p.n_answers//self.minibatch
-    settings = trl_arguments(self.lm, self.lr, self.minibatch, self.seed + round_, num_generations=p.n_answers, steps_per_generation=steps, num_iterations=self.passes, max_steps=steps*self.passes,
+    settings = trl_arguments(self.lm, self.lr, self.minibatch//self.parts, self.seed + round_, gradient_accumulation_steps=self.parts, num_generations=p.n_answers, steps_per_generation=steps*self.parts, num_iterations=self.passes, max_steps=steps*self.passes,
                              max_completion_length=p.max_new_tokens, temperature=p.temperature, epsilon=self.clip, epsilon_high=self.clip_up, shuffle_dataset=False, beta=0.)
     os.environ.setdefault('TRL_EXPERIMENTAL_SILENCE', '1')   # `rollout_func` may change; versions are pinned
     said = train_quietly(lambda: GRPOTrainer(self.lm.model, execution, GRPOConfig(**settings), train_dataset=Dataset.from_list(rows), processing_class=self.lm.tokenizer, optimizers=(self.opt, None), rollout_func=answered))

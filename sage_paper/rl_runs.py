@@ -138,7 +138,7 @@ def make_learner(
                   ppo=lambda: PPOLearner(practice(), s.lr, KLPrice(s.knob), **ppo()),
                   ppo_model=lambda: ModelledPPO(practice(), s.lr, KLPrice(s.knob), s.lr_model, s.model_rounds, s.model_pairs, s.margin, s.minibatch//2, **ppo()),
                   dpo=lambda: dpo(0.), dpo_nll=lambda: dpo(s.nll_weight),
-                  grpo=lambda: GRPOLearner(practice(), s.lr, s.minibatch, s.passes, seed=s.seed, warm=s.rise_rounds),
+                  grpo=lambda: GRPOLearner(practice(), s.lr, s.grpo_minibatch, passes=s.passes, seed=s.seed, warm=s.rise_rounds),
                   best=lambda: BestAnswers(practice(), s.lr, s.best_steps, s.rounds, s.batch_size, s.warmup, s.seed))
     return makers[s.method]()
 
@@ -182,7 +182,7 @@ def run_rl(
 # %% ../nbs/72_rl_runs.ipynb #492c5216
 GRADIENT, PAIRED = ('ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo'), ('dpo', 'dpo_nll')
 ACTING = (*GRADIENT, 'best')
-ONLY = dict(temperature=ACTING, rise_rounds=GRADIENT, passes=GRADIENT, minibatch=GRADIENT, lr_value=('ppo', 'ppo_model'), pairs=PAIRED, margin=(*PAIRED, 'ppo_model'), nll_weight=('dpo_nll',),
+ONLY = dict(temperature=ACTING, rise_rounds=GRADIENT, passes=GRADIENT, minibatch=('ppo', 'ppo_model', *PAIRED), grpo_minibatch=('grpo',), lr_value=('ppo', 'ppo_model'), pairs=PAIRED, margin=(*PAIRED, 'ppo_model'), nll_weight=('dpo_nll',),
             model_rounds=('ppo_model',), model_pairs=('ppo_model',), lr_model=('ppo_model',), steps=SUPERVISED, best_steps=('best',), batch_size=(*SUPERVISED, 'best'), warmup=(*SUPERVISED, 'best'))
 
 def start_spec(s:Reinforcement, seed:int)->dict:
