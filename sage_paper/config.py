@@ -251,8 +251,9 @@ class Reinforcement(Profile):
     max_new_tokens: int           # longest answer
     rise_rounds: int              # rounds over which the rates of PPO, DPO and GRPO rise
     passes: int                   # of these over what a round has brought
-    minibatch: int                # answers a step, or half as many pairs
-    grpo_minibatch: int           # answers a step of GRPO
+    minibatch: int                # answers a step of PPO and GRPO
+    at_once: int                  # of these, answers a pass through the model, at most
+    pair_batch: int               # pairs a step of DPO and of the reward model
     lr_value: float               # of PPO's values
     pairs: int                    # of a query, in DPO
     margin: float                 # reward by which answers of a pair differ, at least
@@ -277,7 +278,7 @@ class Reinforcement(Profile):
         in_range(self, ('temperature', 'lr_value', 'lr_model'), lambda x: x > 0, 'above 0')
         in_range(self, ('margin', 'nll_weight', 'checkpoint_seconds'), lambda x: x >= 0, '0 or more')
         in_range(self, ('warmup',), lambda x: 0 <= x <= 1, 'from 0 to 1')
-        in_range(self, ('minibatch', 'grpo_minibatch'), lambda x: x % 2 == 0 and self.n_queries*self.n_answers % x == 0, f'that is even and divides the {self.n_queries*self.n_answers} answers of a round')
+        in_range(self, ('minibatch',), lambda x: self.n_queries*self.n_answers % x == 0, f'that divides the {self.n_queries*self.n_answers} answers of a round')
 
 # %% ../nbs/00_config.ipynb #ecdaed79
 EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual, 'rl': Reinforcement}

@@ -74,18 +74,27 @@ class Answers:
     "Answers to n prompts as they grow by a token each, until all are over"
     def __init__(self, tokenizer, n:int, end_ids=()):
         self.tokenizer, self.end_ids = tokenizer, {tokenizer.eos_token_id, *end_ids}
-        self.ids, self.ends, self.pieces, self.open = [[] for _ in range(n)], [ListEnd() for _ in range(n)], {}, range(n)
+        self.ids, self.ends, self.pieces, self.rows = [[] for _ in range(n)], [ListEnd() for _ in range(n)], {}, range(n)
 
     def add(self,
-        tokens:list, # the next token of each answer
+        tokens:list, # the next token of each answer, of those in `rows`
     )->bool: # whether all are over
         "One more token for each answer that is not over yet"
         for t in {*tokens} - {*self.pieces}: self.pieces[t] = self.tokenizer.decode([t])
-        for k in self.open:
-            self.ids[k].append(t := tokens[k])
+        for k, t in zip(self.rows, tokens):
+            if self.ends[k].over: continue
+            self.ids[k].append(t)
             self.ends[k].over = t in self.end_ids or self.ends[k].read(self.pieces[t])
-        self.open = [k for k in self.open if not self.ends[k].over]
-        return not self.open
+        return all(self.ends[k].over for k in self.rows)
+
+    def narrow(self,
+        least=1, # rows that are not worth fewer
+    )->list: # which of the rows go on; None: all of them
+        "Go on with the answers that are not over, once they are half of the rows or less"
+        going = [j for j, k in enumerate(self.rows) if not self.ends[k].over]
+        if len(self.rows) <= least or 2*len(going) > len(self.rows): return None
+        self.rows = [self.rows[j] for j in going]
+        return going
 
     def texts(self): return self.tokenizer.batch_decode(self.ids, skip_special_tokens=True)
 
@@ -109,6 +118,10 @@ class KeyValues(StaticCache):
 
     def update(self, keys, values, *args, **kwargs): return super().update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)
 
+    def narrow(self, rows):
+        "Go on with some of the rows"
+        for layer in self.layers: layer.keys, layer.values, layer.batch_size = layer.keys[rows], layer.values[rows], len(rows)
+
 # %% ../nbs/21_evaluation.ipynb #06520511
 @torch.no_grad()
 def next_tokens(
@@ -117,7 +130,7 @@ def next_tokens(
     n:int, # most tokens
     chances=None, # [n, B] in [0, 1), see `pick`
     temperature=1.,
-): # yields lists of B tokens
+): # yields lists of B tokens; may be sent the rows to go on with
     "Answers, token by token"
     mask = torch.cat([attention_mask, attention_mask.new_ones(len(input_ids), n)], 1)
     cache, head = KeyValues(lm, mask.shape[1]), lm.model.get_output_embeddings()
@@ -125,13 +138,17 @@ def next_tokens(
         with lm.autocast(), torch.compiler.set_stance('force_eager'):
             states = lm.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state
             return pick(head(states[:, -1]), *chance, temperature=temperature)[:, None], position[:, -1:] + 1
-    draws = [()]*n if chances is None else [(c,) for c in torch.as_tensor(chances).to(lm.device)]
-    ids, position = next_token(input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0), *draws[0])
-    captured = Captured(next_token, lm.device, lm.memory)
-    for draw in draws[1:]:
-        yield ids[:, 0].tolist()
-        ids, position = captured(ids, position, *draw)
-    yield ids[:, 0].tolist()
+    draws = None if chances is None else torch.as_tensor(chances).to(lm.device)
+    step, args = next_token, (input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
+    for k in range(n):
+        ids, position = step(*args, *(() if draws is None else (draws[k],)))
+        if k == 0: step = Captured(next_token, lm.device, lm.memory)
+        if (rows := (yield ids[:, 0].tolist())) is not None:
+            rows = torch.as_tensor(rows, device=lm.device)
+            cache.narrow(rows)
+            mask, ids, position, draws = mask[rows], ids[rows], position[rows], None if draws is None else draws[:, rows]
+            step = Captured(next_token, lm.device, lm.memory)   # the graphs so far hold the wider tensors
+        args = ids, position
 
 # %% ../nbs/21_evaluation.ipynb #0b76ffe9
 def batches_of(
@@ -168,7 +185,10 @@ def write(
     for ids in batches_of(lengths, batch_size, room):
         enc = lm.tokenizer([prompts[k] for k in ids], return_tensors='pt', padding=True, add_special_tokens=False, return_token_type_ids=False).to(lm.device)
         answers, own = Answers(lm.tokenizer, len(ids), _end_ids(lm)), None if chances is None else chances[ids].T
-        next(filter(answers.add, next_tokens(lm, enc['input_ids'], enc['attention_mask'], max_new_tokens, own, temperature)), None)
+        written, rows = next_tokens(lm, enc['input_ids'], enc['attention_mask'], max_new_tokens, own, temperature), None
+        for _ in range(max_new_tokens):
+            if answers.add(written.send(rows)): break
+            rows = answers.narrow(64 if lm.device.type == 'cuda' else 1)
         out |= zip(ids, zip(answers.texts(), answers.ids))
     return [out[k] for k in range(len(prompts))]
 

@@ -61,18 +61,19 @@ class PPOLearner(Learner):
         lr:float,
         price:KLPrice,
         worth=executed,    # of episodes → list of float
-        passes=2, minibatch=64, # answers
+        passes=2, minibatch=64, # answers a step
+        at_once=64,             # answers a pass through the model, at most
         value_weight=0.1, entropy_weight=0., lam=1., seed=0,
         lr_value=1e-3,     # of the layer that reads the values off
         clip_value=1.,     # how far a value may move in a round; rewards lie in [-1, 1]
         warm=1,            # rounds until the rate is reached
     ):
         super().__init__(practice.client.lm)
-        self.practice, self.worth, self.minibatch, self.lr, self.warm = practice, worth, minibatch, lr, warm
+        self.practice, self.worth, self.at_once, self.lr, self.warm = practice, worth, at_once, lr, warm
         self.policy = ValuedPolicy(self.lm)
         self.reference = copy.deepcopy(self.lm.model).requires_grad_(False)
         self.opt = torch.optim.AdamW([dict(params=self.lm.model.parameters()), dict(params=self.policy.value.parameters(), lr=lr_value)], lr=lr, weight_decay=0., fused=True)
-        self.ppo = PPO(self.policy.parameters(), self.opt, price, clip_value=clip_value, value_weight=value_weight, entropy_weight=entropy_weight, lam=lam, passes=passes, minibatch=minibatch, seed=seed)
+        self.ppo = PPO(self.policy.parameters(), self.opt, price, clip_value=clip_value, value_weight=value_weight, entropy_weight=entropy_weight, lam=lam, passes=passes, minibatch=minibatch, at_once=at_once, seed=seed)
 
 # %% ../nbs/35_policy.ipynb #221a10ed
 @patch
@@ -80,7 +81,7 @@ class PPOLearner(Learner):
 def look_back(self:PPOLearner, encoded, worth)->Rollouts:
     "Answers as they were when they were written"
     width = max(e.n_answer for e in encoded)
-    parts = [encoded[i:i + self.minibatch] for i in range(0, len(encoded), self.minibatch)]
+    parts = [encoded[i:i + self.at_once] for i in range(0, len(encoded), self.at_once)]
     now = [self.policy(p, width) for p in parts]
     mine, self.lm.model = self.lm.model, self.reference
     try: ref = [self.policy(p, width)[0] for p in parts]

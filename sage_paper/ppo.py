@@ -104,12 +104,13 @@ class PPO:
         clip=0.2, clip_value=0.2,
         value_weight=0.1, entropy_weight=0.,
         gamma=1., lam=0.95,
-        passes=4, minibatch=64, # rollouts
+        passes=4, minibatch=64, # rollouts a step
+        at_once=None,           # of these, rollouts evaluated at a time; None: all
         max_norm=1., seed=0,
     ):
         self.params, self.opt, self.price = list(params), optimizer, price
         self.clip, self.clip_value, self.value_weight, self.entropy_weight, self.gamma, self.lam = clip, clip_value, value_weight, entropy_weight, gamma, lam
-        self.passes, self.minibatch, self.max_norm, self.rng = passes, minibatch, max_norm, np.random.default_rng(seed)
+        self.passes, self.minibatch, self.at_once, self.max_norm, self.rng = passes, minibatch, at_once or minibatch, max_norm, np.random.default_rng(seed)
 
     def loss(self, r:Rollouts, advantage, returns, now)->tuple: # now: as from `evaluate`
         "The loss on rollouts, and what to log of it"
@@ -124,6 +125,18 @@ class PPO:
 def _part(r, k): return Rollouts(*(x[k] for x in r))
 
 @patch
+def gradient(self:PPO, r:Rollouts, advantage, returns, evaluate, k)->dict: # what to log
+    "Add up the gradient on the rollouts of a minibatch, part by part"
+    parts, tokens = k.split(self.at_once), r.mask.sum(1)
+    said = {}
+    for part in parts:
+        share = tokens[part].sum()/tokens[k].sum()
+        loss, own = self.loss(_part(r, part), advantage[part], returns[part], evaluate(part))
+        (share*loss).backward()
+        said = {name: said.get(name, 0.) + share*x for name, x in own.items()}
+    return said
+
+@patch
 def update(
     self:PPO, r:Rollouts,
     evaluate, # indices → (logp, value, entropy), each [n, T]
@@ -134,12 +147,10 @@ def update(
     advantage = whitened(advantage, r.mask)
     for order in (self.rng.permutation(len(r.reward)) for _ in range(self.passes)):
         for k in (torch.as_tensor(order[i:i + self.minibatch]) for i in range(0, len(order), self.minibatch)):
-            loss, said = self.loss(_part(r, k), advantage[k], returns[k], evaluate(k))
             self.opt.zero_grad()
-            loss.backward()
+            steps.append(self.gradient(r, advantage, returns, evaluate, k))
             torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
             self.opt.step()
-            steps.append(said)
     out = {k: float(torch.stack([s[k] for s in steps]).mean()) for k in steps[0]}
     out |= dict(kl=kl, beta=self.price.beta, reward=r.reward.mean().item(), explained=_explained(r.value, returns, r.mask))
     self.price.update(kl, len(r.reward))

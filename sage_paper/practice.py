@@ -119,13 +119,14 @@ class Demonstrations(Learner):
 
 # %% ../nbs/34_practice.ipynb #0e7b1825
 class BestAnswers(Demonstrations):
-    "Supervised training on the policy's own answers that succeeded"
+    "Supervised training on demonstrations and on the policy's own answers that succeeded"
     def __init__(self,
-        practice, # a `Practice`, whose client asks the model that learns
+        practice:Practice, # whose client asks the model that learns
+        shown:list, # of `Encoded`, demonstrations it has had, and keeps
         lr:float, steps:int, rounds:int, batch_size=32, warmup=0.05, seed=0, # as for `Demonstrations`
     ):
-        super().__init__(practice.client.lm, [], lr, steps, rounds, batch_size, warmup, seed)
-        self.practice, self.kept, self.end = practice, {}, practice.client.lm.tokenizer.eos_token_id
+        super().__init__(practice.client.lm, shown, lr, steps, rounds, batch_size, warmup, seed)
+        self.practice, self.shown, self.kept, self.end = practice, shown, {}, practice.client.lm.tokenizer.eos_token_id
 
     def round(self, round_):
         episodes = self.practice.act(round_)
@@ -133,8 +134,8 @@ class BestAnswers(Demonstrations):
             if e.reward.state != 1: continue
             done = e.completion.ids[-1:] == (self.end,)
             self.kept[e.sample.id] = Encoded((*e.completion.prompt_ids, *e.completion.ids, *(() if done else (self.end,))), len(e.completion.prompt_ids), 0)
-        self.encoded = [*self.kept.values()]
-        return summary(episodes) | dict(kept=len(self.kept)) | (super().round(round_) if self.kept else {})
+        self.encoded = [*self.shown, *self.kept.values()]
+        return summary(episodes) | dict(kept=len(self.kept)) | (super().round(round_) if self.encoded else {})
 
     def state(self): return super().state() | dict(kept=self.kept)
 

@@ -104,8 +104,9 @@ class Questions:
         "Everything"
         from sage_paper.evaluation import generate, grade
         out = {}
+        every = iter(self.greedy([x for samples in self.ground.test.values() for x in samples]))
         for challenge, samples in self.ground.test.items():
-            e = self.greedy(samples)
+            e = [next(every) for _ in samples]
             out[challenge] = dict(id=[x.id for x in samples], success=bits(x.reward.state == 1 for x in e), timing=bits(x.reward.timing == 1 for x in e), agree=bits(x.reward.values == 1 for x in e),
                                   reward=[round(x.reward.total, 3) for x in e])
         for name, (samples, tools) in self.other.items():
@@ -132,14 +133,14 @@ def make_learner(
     from sage_paper.preferences import ModelledPPO
     def practice(): return Practice(LocalClient(lm, batch_size=s.eval_batch_size), world, ground.practice, s.n_queries, s.n_answers, s.temperature, s.max_new_tokens, s.seed, executors)
     def shown(samples): return Demonstrations(lm, encode(samples, lm.tokenizer), s.lr, s.steps, s.rounds, s.batch_size, s.warmup, s.seed)
-    def ppo(): return dict(passes=s.passes, minibatch=s.minibatch, lr_value=s.lr_value, seed=s.seed, warm=s.rise_rounds)
-    def dpo(nll): return DPOLearner(practice(), s.lr, s.knob, nll, s.pairs, s.margin, s.passes, s.minibatch//2, s.seed, s.rise_rounds)
+    def ppo(): return dict(passes=s.passes, minibatch=s.minibatch, at_once=s.at_once, lr_value=s.lr_value, seed=s.seed, warm=s.rise_rounds)
+    def dpo(nll): return DPOLearner(practice(), s.lr, s.knob, nll, s.pairs, s.margin, s.passes, s.pair_batch, s.seed, s.rise_rounds)
     makers = dict(start=lambda: Learner(lm), more=lambda: shown(ground.demonstrations), gold=lambda: shown(ground.practice),
                   ppo=lambda: PPOLearner(practice(), s.lr, KLPrice(s.knob), **ppo()),
-                  ppo_model=lambda: ModelledPPO(practice(), s.lr, KLPrice(s.knob), s.lr_model, s.model_rounds, s.model_pairs, s.margin, s.minibatch//2, **ppo()),
+                  ppo_model=lambda: ModelledPPO(practice(), s.lr, KLPrice(s.knob), s.lr_model, s.model_rounds, s.model_pairs, s.margin, s.pair_batch, **ppo()),
                   dpo=lambda: dpo(0.), dpo_nll=lambda: dpo(s.nll_weight),
-                  grpo=lambda: GRPOLearner(practice(), s.lr, s.grpo_minibatch, passes=s.passes, seed=s.seed, warm=s.rise_rounds),
-                  best=lambda: BestAnswers(practice(), s.lr, s.best_steps, s.rounds, s.batch_size, s.warmup, s.seed))
+                  grpo=lambda: GRPOLearner(practice(), s.lr, s.minibatch, s.at_once, s.passes, seed=s.seed, warm=s.rise_rounds),
+                  best=lambda: BestAnswers(practice(), encode(ground.demonstrations, lm.tokenizer), s.lr, s.best_steps, s.rounds, s.batch_size, s.warmup, s.seed))
     return makers[s.method]()
 
 # %% ../nbs/72_rl_runs.ipynb #5ccc6ed1
@@ -182,7 +183,7 @@ def run_rl(
 # %% ../nbs/72_rl_runs.ipynb #492c5216
 GRADIENT, PAIRED = ('ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo'), ('dpo', 'dpo_nll')
 ACTING = (*GRADIENT, 'best')
-ONLY = dict(temperature=ACTING, rise_rounds=GRADIENT, passes=GRADIENT, minibatch=('ppo', 'ppo_model', *PAIRED), grpo_minibatch=('grpo',), lr_value=('ppo', 'ppo_model'), pairs=PAIRED, margin=(*PAIRED, 'ppo_model'), nll_weight=('dpo_nll',),
+ONLY = dict(temperature=ACTING, rise_rounds=GRADIENT, passes=GRADIENT, minibatch=('ppo', 'ppo_model', 'grpo'), at_once=('ppo', 'ppo_model', 'grpo'), pair_batch=(*PAIRED, 'ppo_model'), lr_value=('ppo', 'ppo_model'), pairs=PAIRED, margin=(*PAIRED, 'ppo_model'), nll_weight=('dpo_nll',),
             model_rounds=('ppo_model',), model_pairs=('ppo_model',), lr_model=('ppo_model',), steps=SUPERVISED, best_steps=('best',), batch_size=(*SUPERVISED, 'best'), warmup=(*SUPERVISED, 'best'))
 
 def start_spec(s:Reinforcement, seed:int)->dict:
