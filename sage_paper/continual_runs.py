@@ -190,8 +190,7 @@ def first_weights(
     s, lm, train:list, # of `Encoded`, the old tools'
 )->str: # their digest
     "Lay the weights that have learnt the old tools into the model; made once, and kept in the cache"
-    from sage_paper.model import weights_once
-    from sage_paper.trainers import Trainer, train_batch
+    from sage_paper.trainers import Trainer, train_batch, weights_once
     made_of = ('stream', 'n_old', 'train_per_tool', 'lr_first', 'epochs_first', 'batch_size', 'warmup', 'model', 'precision', 'seed', 'split', 'data', 'weights')
     key = record_key('continual_first', CONTINUAL_VERSION, {k: getattr(s, k) for k in made_of} | dict(device=str(lm.device.type)))
     def learn(): train_batch(Trainer(lm, s.lr_first, _total(s, train, s.epochs_first), s.warmup, 1 - s.warmup, unit='tokens'), train, s.batch_size, [], s.seed)

@@ -142,12 +142,12 @@ def next_tokens(
     step, args = next_token, (input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
     for k in range(n):
         ids, position = step(*args, *(() if draws is None else (draws[k],)))
-        if k == 0: step = Captured(next_token, lm.device, lm.memory)
+        if k == 0: step = Captured(next_token, lm.device)
         if (rows := (yield ids[:, 0].tolist())) is not None:
             rows = torch.as_tensor(rows, device=lm.device)
             cache.narrow(rows)
             mask, ids, position, draws = mask[rows], ids[rows], position[rows], None if draws is None else draws[:, rows]
-            step = Captured(next_token, lm.device, lm.memory)   # the graphs so far hold the wider tensors
+            step = Captured(next_token, lm.device)   # the graphs so far hold the wider tensors
         args = ids, position
 
 # %% ../nbs/21_evaluation.ipynb #0b76ffe9

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHATML', 'SYSTEM', 'SYSTEM_TOOLS', 'no_progress', 'weights_dir', 'default_device', 'computes_bf16', 'byte_tokenizer',
            'tiny_lm', 'instruction', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward', 'sum_by_row',
-           'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'fresh_lm', 'weights_once',
-           'embed', 'Shape', 'shape', 'forward_flops']
+           'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'fresh_lm', 'embed',
+           'Shape', 'shape', 'forward_flops']
 
 # %% ../nbs/20_model.ipynb #053282f2
 import gc, io, os, tempfile, warnings
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from tqdm import TqdmWarning
-from .assets import MODELS, cache_dir, fetch, registry, sha256
+from .assets import MODELS, cache_dir, fetch, registry
 from .calls import Sample, Tool, ToolCall, format_calls, name_end, tool_document
 from .capture import Captured, graph_memory
 
@@ -324,25 +324,6 @@ def fresh_lm(
     lm.model.load_state_dict(_parts(model)[0].state_dict())
     lm.model.zero_grad()
     return lm
-
-# %% ../nbs/20_model.ipynb #49cfca19
-def weights_once(
-    lm:LM,
-    path:Path, # of the kept weights; made if it is not there
-    make,      # called without arguments; leaves in the model the weights to keep
-)->str: # 16 hex digits, of the file
-    "Lay weights into the model that are made once"
-    from filelock import FileLock
-    from safetensors.torch import load_model, save_model
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock'):
-        if not path.exists():
-            make()
-            save_model(lm.model, str(tmp := path.with_suffix('.tmp')))
-            os.replace(tmp, path)
-            gc.collect()   # the optimizer
-    load_model(lm.model, str(path), device='cpu')
-    return sha256(path)[:16]
 
 # %% ../nbs/20_model.ipynb #fa91207b
 @torch.no_grad()

@@ -148,7 +148,7 @@ def supervised_policy(
     s, lm,
 )->str: # their digest
     "Lay the weights of the supervised policy into the model; made once, and kept in the cache"
-    from sage_paper.model import weights_once
+    from sage_paper.trainers import weights_once
     key = record_key('challenges', CHALLENGES_VERSION, s.start)
     def learn():
         start = SimpleNamespace(**s.start)

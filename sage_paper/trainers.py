@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['Budget', 'Stopwatch', 'trapezoid', 'Trainer', 'Learnt', 'gradient_pass', 'Curve', 'alike', 'train_batch', 'Later',
-           'Kept', 'Stream', 'sift', 'train_stream']
+           'Kept', 'Stream', 'sift', 'train_stream', 'weights_once']
 
 # %% ../nbs/25_trainers.ipynb #7368fc8e
-import time
+import gc, os, tempfile, time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
+from .assets import sha256
 from .capture import Captured
 from .model import LM, Batch, Encoded, forward, forward_flops, shape
 from .replay import Buffer, ImportanceBuffer, ReservoirBuffer
@@ -374,3 +376,22 @@ def train_stream(
             for c in curves: c.update(trainer, n)
         stream.finish()
         for c in curves: c.close(trainer, n)
+
+# %% ../nbs/25_trainers.ipynb #49cfca19
+def weights_once(
+    lm:LM,
+    path:Path, # of the kept weights; made if it is not there
+    make,      # called without arguments; leaves in the model the weights to keep
+)->str: # 16 hex digits, of the file
+    "Lay weights into the model that are made once"
+    from filelock import FileLock
+    from safetensors.torch import load_model, save_model
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{path}.lock'):
+        if not path.exists():
+            make()
+            save_model(lm.model, str(tmp := path.with_suffix('.tmp')))
+            os.replace(tmp, path)
+            gc.collect()   # the optimizer
+    load_model(lm.model, str(path), device='cpu')
+    return sha256(path)[:16]
