@@ -222,7 +222,7 @@ class SFTLoop:
         table = InMemoryTable.from_pydict(dict(input_ids=[list(e.ids) for e in each], labels=[[-100]*e.n_prompt + list(e.ids[e.n_prompt:]) for e in each]))
         with tempfile.TemporaryDirectory() as tmp:
             config = SFTConfig(tmp, max_steps=len(batches), per_device_train_batch_size=len(batches[0]), learning_rate=self.lr, lr_scheduler_type='constant', weight_decay=0.01,
-                               bf16=lm.bf16, gradient_checkpointing=False, optim='adamw_torch_fused', report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
+                               bf16=lm.bf16, activation_checkpointing=False, optim='adamw_torch_fused', report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
                                use_cpu=lm.device.type == 'cpu', dataset_kwargs=dict(skip_prepare_dataset=True), max_length=None)
             trainer = SFTTrainer(lm.model, args=config, train_dataset=Dataset(table, fingerprint='batches'), processing_class=lm.tokenizer, callbacks=[Clock()])
             trainer.remove_callback(PrinterCallback)

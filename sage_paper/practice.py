@@ -184,7 +184,7 @@ def practise(
         with watch: said = learner.round(k)
         log.append(said | dict(seconds=watch.seconds))
         if k + 1 in due: points.append(dict(round=k + 1, seconds=watch.seconds) | evaluate())
-        if path and watch.seconds - saved >= pause:
+        if path and k + 1 < rounds and watch.seconds - saved >= pause:
             save_atomically(dict(learner=learner.state(), log=log, points=points, seconds=watch.seconds), path)
             saved = watch.seconds
     if path: path.unlink(missing_ok=True)
