@@ -37,8 +37,9 @@ class LocalClient:
         seed=0,          # of what is drawn: the same numbers give the same answers
     )->list: # of lists of n `Completion`, in order
         "Answers, each up to the end of its first JSON list"
-        prompts = [render(s, self.lm.tokenizer, self.tools)[0] for s in samples for _ in range(n)]
+        asked = [render(s, self.lm.tokenizer, self.tools)[0] for s in samples]
+        prompts = [p for p in asked for _ in range(n)]
         chances = np.random.default_rng(seed).random((len(prompts), max_new_tokens)) if temperature else None
         written = write(self.lm, prompts, max_new_tokens, self.batch_size, self.room, chances, temperature or 1.)
-        ids = self.lm.tokenizer(prompts[::n], add_special_tokens=False)['input_ids'] if prompts else []
+        ids = self.lm.tokenizer(asked, add_special_tokens=False)['input_ids'] if asked else []
         return [[Completion(text, tuple(p), tuple(out)) for text, out in written[n*k:n*k + n]] for k, p in enumerate(ids)]

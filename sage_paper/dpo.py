@@ -7,15 +7,14 @@ __all__ = ['DPOLearner']
 
 # %% ../nbs/37_dpo.ipynb #484dcf61
 import copy
-import torch
 from fastcore.basics import patch
 from .model import render
-from .practice import Learner, Practice, practise, rise, two_minded
+from .practice import GradientLearner, Practice, practise, two_minded
 from .preferences import ranked_pairs, train_quietly, trl_arguments
 from .rollouts import summary
 
 # %% ../nbs/37_dpo.ipynb #55e40aa7
-class DPOLearner(Learner):
+class DPOLearner(GradientLearner):
     "Direct preference optimization on pairs of the policy's own answers, by TRL"
     def __init__(self,
         practice:Practice, # whose client asks the model that learns
@@ -26,23 +25,16 @@ class DPOLearner(Learner):
         passes=1, batch_size=16, # pairs
         seed=0, warm=1,    # warm: rounds until the rate is reached
     ):
-        super().__init__(practice.client.lm)
-        self.practice, self.lr, self.beta, self.nll_weight, self.seed, self.warm = practice, lr, beta, nll_weight, seed, warm
+        super().__init__(practice, lr, warm)
+        self.beta, self.nll_weight, self.seed = beta, nll_weight, seed
         self.pairs, self.least, self.passes, self.batch_size = pairs, least, passes, batch_size
         self.reference = copy.deepcopy(self.lm.model).requires_grad_(False)
-        self.opt = torch.optim.AdamW(self.lm.model.parameters(), lr=lr, weight_decay=0., fused=True)
 
     def round(self, round_):
         episodes = self.practice.act(round_)
         pairs = ranked_pairs(episodes, self.least, self.pairs)
-        rise(self.opt, self.lr, round_, self.warm)
+        self.rise(round_)
         return summary(episodes) | dict(pairs=len(pairs)) | (self.learn(pairs, self.seed + round_) if pairs else {})
-
-    def state(self): return super().state() | dict(opt=self.opt.state_dict())
-
-    def load(self, state):
-        super().load(state)
-        self.opt.load_state_dict(state['opt'])
 
 # %% ../nbs/37_dpo.ipynb #5dff7cd9
 @patch

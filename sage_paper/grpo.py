@@ -7,15 +7,14 @@ __all__ = ['GRPOLearner']
 
 # %% ../nbs/38_grpo.ipynb #45c70dad
 import os
-import torch
 from fastcore.basics import patch
 from .model import render
-from .practice import Learner, Practice, practise, rise, two_minded
+from .practice import GradientLearner, Practice, practise, two_minded
 from .preferences import train_quietly, trl_arguments
 from .rollouts import summary
 
 # %% ../nbs/38_grpo.ipynb #1a874d7a
-class GRPOLearner(Learner):
+class GRPOLearner(GradientLearner):
     "Group relative policy optimization, by TRL"
     def __init__(self,
         practice:Practice, # whose client asks the model that learns
@@ -28,16 +27,9 @@ class GRPOLearner(Learner):
     ):
         n = practice.n_queries*practice.n_answers
         if n % minibatch: raise ValueError(f'minibatch = {minibatch}: expected a divisor of the {n} answers of a round')
-        super().__init__(practice.client.lm)
-        self.practice, self.lr, self.minibatch, self.passes, self.clip, self.clip_up, self.seed, self.warm = practice, lr, minibatch, passes, clip, clip_up, seed, warm
+        super().__init__(practice, lr, warm)
+        self.minibatch, self.passes, self.clip, self.clip_up, self.seed = minibatch, passes, clip, clip_up, seed
         self.parts = next(k for k in range(1, minibatch + 1) if minibatch % k == 0 and minibatch//k <= at_once)   # of a step
-        self.opt = torch.optim.AdamW(self.lm.model.parameters(), lr=lr, weight_decay=0., fused=True)
-
-    def state(self): return super().state() | dict(opt=self.opt.state_dict())
-
-    def load(self, state):
-        super().load(state)
-        self.opt.load_state_dict(state['opt'])
 
 # %% ../nbs/38_grpo.ipynb #fa7b42da
 @patch
@@ -45,7 +37,7 @@ def round(self:GRPOLearner, round_):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     p, episodes = self.practice, []
-    rise(self.opt, self.lr, round_, self.warm)
+    self.rise(round_)
     def answered(prompts, trainer): # of str, each as often as it has answers
         episodes[:] = p.act(round_)
         assert prompts == [r['prompt'] for r in rows for _ in range(p.n_answers)]

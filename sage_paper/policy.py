@@ -11,7 +11,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from .model import LM, Batch, forward
 from .ppo import PPO, KLPrice, Rollouts
-from .practice import Learner, Practice, rise, two_minded
+from .practice import GradientLearner, Practice, two_minded
 from .rollouts import as_tokens, summary
 
 # %% ../nbs/35_policy.ipynb #25a7416f
@@ -54,7 +54,7 @@ def executed(
     "What the world says they are worth"
     return [e.reward.total for e in episodes]
 
-class PPOLearner(Learner):
+class PPOLearner(GradientLearner):
     "Proximal policy optimization of a language model"
     def __init__(self,
         practice:Practice, # whose client asks the model that learns
@@ -68,11 +68,10 @@ class PPOLearner(Learner):
         clip_value=1.,     # how far a value may move in a round; rewards lie in [-1, 1]
         warm=1,            # rounds until the rate is reached
     ):
-        super().__init__(practice.client.lm)
-        self.practice, self.worth, self.at_once, self.lr, self.warm = practice, worth, at_once, lr, warm
-        self.policy = ValuedPolicy(self.lm)
+        self.policy = ValuedPolicy(practice.client.lm)
+        super().__init__(practice, lr, warm, [dict(params=self.policy.value.parameters(), lr=lr_value)])
+        self.worth, self.at_once = worth, at_once
         self.reference = copy.deepcopy(self.lm.model).requires_grad_(False)
-        self.opt = torch.optim.AdamW([dict(params=self.lm.model.parameters()), dict(params=self.policy.value.parameters(), lr=lr_value)], lr=lr, weight_decay=0., fused=True)
         self.ppo = PPO(self.policy.parameters(), self.opt, price, clip_value=clip_value, value_weight=value_weight, entropy_weight=entropy_weight, lam=lam, passes=passes, minibatch=minibatch, at_once=at_once, seed=seed)
 
 # %% ../nbs/35_policy.ipynb #221a10ed
@@ -95,18 +94,16 @@ def round(self:PPOLearner, round_):
     episodes = self.practice.act(round_)
     encoded = as_tokens(episodes)
     rollouts = self.look_back(encoded, self.worth(episodes))
-    rise(self.opt, self.lr, round_, self.warm)
+    self.rise(round_)
     said = self.ppo.update(rollouts, lambda k: self.policy([encoded[i] for i in k.tolist()], rollouts.mask.shape[1]))
     return summary(episodes) | said
 
 # %% ../nbs/35_policy.ipynb #a3992929
 @patch
-def state(self:PPOLearner):
-    return dict(model=self.lm.model.state_dict(), value=self.policy.value.state_dict(), opt=self.opt.state_dict(), beta=self.ppo.price.beta, rng=self.ppo.rng.bit_generator.state)
+def state(self:PPOLearner): return GradientLearner.state(self) | dict(value=self.policy.value.state_dict(), beta=self.ppo.price.beta, rng=self.ppo.rng.bit_generator.state)
 
 @patch
 def load(self:PPOLearner, state):
-    self.lm.model.load_state_dict(state['model'])
+    GradientLearner.load(self, state)
     self.policy.value.load_state_dict(state['value'])
-    self.opt.load_state_dict(state['opt'])
     self.ppo.price.beta, self.ppo.rng.bit_generator.state = state['beta'], state['rng']

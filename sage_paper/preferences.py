@@ -14,6 +14,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from .calls import Sample
 from .client import Completion
+from .evaluation import batches_of
 from .model import LM, no_progress
 from .policy import PPOLearner
 from .ppo import KLPrice
@@ -128,8 +129,8 @@ def score(self:RewardModel,
     batch_size=64,
 )->np.ndarray: # [n]
     "What answers are worth to the model, on the scale it was brought to"
-    out, order = np.zeros(len(completions)), np.argsort([len(c.prompt_ids) + len(c.ids) for c in completions], kind='stable')
-    for k in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+    out = np.zeros(len(completions))
+    for k in batches_of([len(c.prompt_ids) + len(c.ids) for c in completions], batch_size, np.inf):
         rows = [dict(input_ids=[*completions[j].prompt_ids, *completions[j].ids]) for j in k]
         batch = self.lm.tokenizer.pad(rows, padding_side='right', return_tensors='pt').to(self.lm.device)
         with self.lm.autocast(): out[k] = self.net(**batch).logits[:, 0].float().cpu().numpy()

@@ -191,6 +191,12 @@ def start_spec(s:Reinforcement, seed:int)->dict:
     c = load_settings('challenges', s.profile.removesuffix('-custom'))
     return challenge_spec(dataclasses.replace(c, model=s.model, precision=s.precision, epochs_closed=s.start_epochs), 'sft', 'closed', seed)
 
+@cache
+def _ground_digest(*of):
+    "What identifies queries to learn from and to be asked"
+    g = grounds(*of)
+    return digest((*g.tools.values(), *g.demonstrations, *g.practice, *(x for ss in g.test.values() for x in ss)))
+
 def rl_spec(
     s:Reinforcement, method:str, seed:int,
     lr=None, knob=None,  # those chosen, if not given
@@ -200,8 +206,7 @@ def rl_spec(
     if lr is None and method != 'start': lr, knob = {name: rest for name, *rest in map(read_choice, s.chosen)}[method]
     out = ('methods', 'grid', 'chosen', 'executors', 'checkpoint_seconds', 'start_epochs', *(k for k, of in ONLY.items() if method not in of))
     start = start_spec(s, seed)
-    g = grounds(start['n_tools'], start['train_per_set'], s.practice, s.test_per_set, split)
-    data = digest((*g.tools.values(), *g.demonstrations, *g.practice, *(x for ss in g.test.values() for x in ss)))
+    data = _ground_digest(start['n_tools'], start['train_per_set'], s.practice, s.test_per_set, split)
     return run_settings(s, out) | dict(method=method, seed=seed, lr=lr, knob=knob, split=split, start=start, data=data, weights=model_digest(s.model))
 
 # %% ../nbs/72_rl_runs.ipynb #d35e3348
