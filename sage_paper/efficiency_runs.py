@@ -269,7 +269,7 @@ def time_steps(
     s, seed:int, make_lm, # called for each rival
 )->dict: # 'rows': a dict a rival; and what they are measured by
     "Rival training steps, taking turns"
-    lms = {name: make_lm() for name in ('plain', 'sft', 'streaming', 'streaming_ssis') if name != 'sft' or installed('trl')}
+    lms = {name: make_lm() for name in ('plain', 'sft', 'streaming', 'streaming_ssis')}
     lm = lms['plain']
     batches = random_batches(shape(lm).vocabulary, s.step_number, s.step_batch_size, s.step_length, seed)
     loops = dict(plain=PlainLoop(lm, 1e-4), streaming=streaming_step(lms['streaming'], False, 1e-4), streaming_ssis=streaming_step(lms['streaming_ssis'], True, 1e-4))
