@@ -237,7 +237,8 @@ class Continual(Arrivals):
 class Reinforcement(Profile):
     "Settings of `exp_rl`"
     methods: tuple[Literal['ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo', 'best', 'more', 'gold'], ...] # rows of the table, after the supervised policy
-    start_epochs: int             # passes of the supervised policy, which is that of `exp_challenges`, closed book
+    start_demonstrations: int     # of SageWorld that the supervised policy has had, of each challenge
+    start_epochs: int             # its passes; for the rest it is that of `exp_challenges`, closed book
     practice: tuple[int, ...]     # queries to practise on: timing, planning, selection
     test_per_set: int             # held-out queries of each
     curve_queries: int            # held-out plans that are answered along the way
@@ -245,6 +246,7 @@ class Reinforcement(Profile):
     transfer_queries: int         # most queries of each
     kept: Literal['sageworld', 'toolstream'] # what was learnt before, and may be forgotten
     rounds: int                   # of practice
+    tuning_rounds: int            # of it in the search
     n_queries: int                # a round
     n_answers: int                # to each
     temperature: float            # these are drawn with

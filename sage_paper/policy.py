@@ -30,8 +30,11 @@ def grid(
 # %% ../nbs/35_policy.ipynb #c3353152
 class ValuedPolicy:
     "A policy, and what it expects of each token it writes"
-    def __init__(self, lm:LM):
-        self.lm, self.value = lm, torch.nn.Linear(lm.model.get_output_embeddings().in_features, 1).to(lm.device)
+    def __init__(self,
+        lm:LM,
+        temperature=1., # it draws with
+    ):
+        self.lm, self.temperature, self.value = lm, temperature, torch.nn.Linear(lm.model.get_output_embeddings().in_features, 1).to(lm.device)
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
 
     def parameters(self): return [*self.lm.model.parameters(), *self.value.parameters()]
@@ -43,9 +46,9 @@ class ValuedPolicy:
         "What the policy thinks of answers"
         batch = self.lm.collate(encoded)
         f = forward(self.lm, batch)
-        log_p = f.logits.log_softmax(-1)
-        value = self.value(f.hidden.float())[:, 0]
-        return tuple(grid(x, batch, width) for x in (-f.token_nll, value, -(log_p.exp()*log_p).sum(-1)))
+        log_p = (f.logits/self.temperature).log_softmax(-1)
+        logp, value = log_p.gather(1, batch.label[:, None])[:, 0], self.value(f.hidden.float())[:, 0]
+        return tuple(grid(x, batch, width) for x in (logp, value, -(log_p.exp()*log_p).sum(-1)))
 
 # %% ../nbs/35_policy.ipynb #f405d521
 def executed(
@@ -68,7 +71,7 @@ class PPOLearner(GradientLearner):
         clip_value=1.,     # how far a value may move in a round; rewards lie in [-1, 1]
         warm=1,            # rounds until the rate is reached
     ):
-        self.policy = ValuedPolicy(practice.client.lm)
+        self.policy = ValuedPolicy(practice.client.lm, practice.temperature)
         super().__init__(practice, lr, warm, [dict(params=self.policy.value.parameters(), lr=lr_value)])
         self.worth, self.at_once = worth, at_once
         self.reference = copy.deepcopy(self.lm.model).requires_grad_(False)

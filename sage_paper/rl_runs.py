@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 from .assets import cache_dir, model_digest
 from .calls import Sample, parse_calls
-from .challenge_runs import CHALLENGES_VERSION, challenge_spec, fine_tune, load_part, load_parts
+from .challenge_runs import Part, challenge_spec, fine_tune, load_part, load_parts
 from .config import Reinforcement, load_settings
 from .continual_runs import read_choice
 from .datasets import load_dataset
@@ -39,7 +39,7 @@ class Grounds:
 
 @cache
 def grounds(
-    n_tools:int, train_per_set:int, # as the supervised policy had them
+    n_tools:int, demonstrations:int, # those tools, and as many of each challenge, as the supervised policy had
     practice:tuple,   # queries of each of `CHALLENGES` to practise on
     test_per_set:int,
     split:str,        # 'report', or 'tuning': other held-out queries
@@ -47,8 +47,8 @@ def grounds(
     "Queries to learn from and queries to be asked, no held-out one nearly one of the others"
     shown, practised, test = [], [], {}
     for challenge, n in zip(CHALLENGES, practice):
-        data = sageworld_set(train_per_set + n, 2*test_per_set, challenge, n_tools)
-        shown, practised = shown + [*data.splits['train'][:train_per_set]], practised + [*data.splits['train'][train_per_set:]]
+        data = sageworld_set(demonstrations + n, 2*test_per_set, challenge, n_tools)
+        shown, practised = shown + [*data.splits['train'][:demonstrations]], practised + [*data.splits['train'][demonstrations:]]
         test[challenge] = data.splits['test'][:test_per_set] if split == 'report' else data.splits['test'][test_per_set:]
     return Grounds(tuple(shown), tuple(practised), test, data.tools)
 
@@ -145,14 +145,16 @@ def make_learner(
 
 # %% ../nbs/72_rl_runs.ipynb #5ccc6ed1
 def supervised_policy(
-    s, lm,
+    s, # a run's description
+    lm, ground:Grounds,
 )->str: # their digest
     "Lay the weights of the supervised policy into the model; made once, and kept in the cache"
     from sage_paper.trainers import weights_once
-    key = record_key('challenges', CHALLENGES_VERSION, s.start)
+    key = record_key('rl', RL_VERSION, dict(start=s.start, shown=digest(ground.demonstrations)))
     def learn():
         start = SimpleNamespace(**s.start)
-        made, _ = fine_tune(start, s.start, [p for p in load_parts(start, start.split) if p.test])
+        others = [p for p in load_parts(start, start.split) if p.test and p.name != 'sageworld']
+        made, _ = fine_tune(start, s.start, [*others, Part('sageworld', '', ground.demonstrations, (), ground.tools)])
         lm.model.load_state_dict(made.model.state_dict())
     return weights_once(lm, cache_dir()/'rl'/f'{key}-{lm.device.type}.safetensors', learn)
 
@@ -172,8 +174,8 @@ def run_rl(
     s = SimpleNamespace(**spec)
     torch.manual_seed(s.seed)
     lm = load_lm(s.model, s.precision)
-    first = supervised_policy(s, lm)
-    ground = grounds(s.start['n_tools'], s.start['train_per_set'], tuple(s.practice), s.test_per_set, s.split)
+    ground = grounds(s.start['n_tools'], s.start['demonstrations'], tuple(s.practice), s.test_per_set, s.split)
+    first = supervised_policy(s, lm, ground)
     world = make_world(ground.tools.values())
     asked, learner = Questions(s, lm, ground, world, executors), make_learner(s, lm, ground, world, executors)
     rounds = 0 if s.method == 'start' else s.rounds
@@ -187,9 +189,9 @@ ONLY = dict(temperature=ACTING, rise_rounds=GRADIENT, passes=GRADIENT, minibatch
             model_rounds=('ppo_model',), model_pairs=('ppo_model',), lr_model=('ppo_model',), steps=SUPERVISED, best_steps=('best',), batch_size=(*SUPERVISED, 'best'), warmup=(*SUPERVISED, 'best'))
 
 def start_spec(s:Reinforcement, seed:int)->dict:
-    "The description of the run of `exp_challenges` whose policy this seed starts with"
-    c = load_settings('challenges', s.profile.removesuffix('-custom'))
-    return challenge_spec(dataclasses.replace(c, model=s.model, precision=s.precision, epochs_closed=s.start_epochs), 'sft', 'closed', seed)
+    "What the supervised policy of a seed is made of: the description of a run of `exp_challenges`, with passes and demonstrations of its own"
+    c = dataclasses.replace(load_settings('challenges', s.profile.removesuffix('-custom')), model=s.model, precision=s.precision)
+    return challenge_spec(c, 'sft', 'closed', seed) | dict(epochs=s.start_epochs, demonstrations=s.start_demonstrations)
 
 @cache
 def _ground_digest(*of):
@@ -204,9 +206,9 @@ def rl_spec(
 )->dict:
     "The description of one run"
     if lr is None and method != 'start': lr, knob = {name: rest for name, *rest in map(read_choice, s.chosen)}[method]
-    out = ('methods', 'grid', 'chosen', 'executors', 'checkpoint_seconds', 'start_epochs', *(k for k, of in ONLY.items() if method not in of))
+    out = ('methods', 'grid', 'chosen', 'executors', 'checkpoint_seconds', 'start_', 'tuning_rounds', *(k for k, of in ONLY.items() if method not in of))
     start = start_spec(s, seed)
-    data = _ground_digest(start['n_tools'], start['train_per_set'], s.practice, s.test_per_set, split)
+    data = _ground_digest(start['n_tools'], start['demonstrations'], s.practice, s.test_per_set, split)
     return run_settings(s, out) | dict(method=method, seed=seed, lr=lr, knob=knob, split=split, start=start, data=data, weights=model_digest(s.model))
 
 # %% ../nbs/72_rl_runs.ipynb #d35e3348
@@ -219,7 +221,8 @@ def rl_specs(
 def rl_tuning_specs(
     s:Reinforcement,
 )->list: # of dict
-    "The runs that rates and knobs are chosen by"
+    "The runs that rates and knobs are chosen by, shorter ones"
+    s = dataclasses.replace(s, rounds=s.tuning_rounds, transfer=())
     return [rl_spec(s, m, seed, lr, knob, 'tuning') for seed in s.tuning_seeds for m, lr, knob in map(read_choice, s.grid)]
 
 def rl_records(
