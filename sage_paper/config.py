@@ -238,7 +238,7 @@ class Reinforcement(Profile):
     "Settings of `exp_rl`"
     methods: tuple[Literal['ppo', 'ppo_model', 'dpo', 'dpo_nll', 'grpo', 'best', 'more', 'gold'], ...] # rows of the table, after the supervised policy
     start_demonstrations: int     # of SageWorld that the supervised policy has had, of each challenge
-    start_epochs: int             # its passes; for the rest it is that of `exp_challenges`, closed book
+    start_repeats: int            # how often a pass shows each of them; for the rest the policy is made as in `exp_challenges`, closed book
     practice: tuple[int, ...]     # queries to practise on: timing, planning, selection
     test_per_set: int             # held-out queries of each
     curve_queries: int            # held-out plans that are answered along the way

@@ -106,6 +106,7 @@ class GradientLearner(Learner):
         more=(), # further groups of parameters, as PyTorch's optimizers take them
     ):
         super().__init__(practice.client.lm)
+        if self.lm.device.type == 'cuda': self.lm.fuse()
         self.practice, self.lr, self.warm = practice, lr, warm
         self.opt = torch.optim.AdamW([dict(params=self.lm.model.parameters()), *more], lr=lr, weight_decay=0., fused=True)
 

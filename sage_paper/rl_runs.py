@@ -154,7 +154,7 @@ def supervised_policy(
     def learn():
         start = SimpleNamespace(**s.start)
         others = [p for p in load_parts(start, start.split) if p.test and p.name != 'sageworld']
-        made, _ = fine_tune(start, s.start, [*others, Part('sageworld', '', ground.demonstrations, (), ground.tools)])
+        made, _ = fine_tune(start, s.start, [*others, Part('sageworld', '', s.start['repeats']*ground.demonstrations, (), ground.tools)])
         lm.model.load_state_dict(made.model.state_dict())
     return weights_once(lm, cache_dir()/'rl'/f'{key}-{lm.device.type}.safetensors', learn)
 
@@ -189,9 +189,9 @@ ONLY = dict(temperature=ACTING, rise_rounds=GRADIENT, passes=GRADIENT, minibatch
             model_rounds=('ppo_model',), model_pairs=('ppo_model',), lr_model=('ppo_model',), steps=SUPERVISED, best_steps=('best',), batch_size=(*SUPERVISED, 'best'), warmup=(*SUPERVISED, 'best'))
 
 def start_spec(s:Reinforcement, seed:int)->dict:
-    "What the supervised policy of a seed is made of: the description of a run of `exp_challenges`, with passes and demonstrations of its own"
+    "What the supervised policy of a seed is made of: the description of a run of `exp_challenges`, with demonstrations of its own"
     c = dataclasses.replace(load_settings('challenges', s.profile.removesuffix('-custom')), model=s.model, precision=s.precision)
-    return challenge_spec(c, 'sft', 'closed', seed) | dict(epochs=s.start_epochs, demonstrations=s.start_demonstrations)
+    return challenge_spec(c, 'sft', 'closed', seed) | dict(demonstrations=s.start_demonstrations, repeats=s.start_repeats)
 
 @cache
 def _ground_digest(*of):

@@ -179,23 +179,25 @@ def test_pairs_are_ranked_and_never_of_equals():
 def test_queries_that_are_held_out_are_not_among_those_that_are_learnt_from():
     s = load_settings('rl', 'paper')
     start = start_spec(s, 0)
-    report, tuning = (grounds(start['n_tools'], start['train_per_set'], s.practice, s.test_per_set, split) for split in ('report', 'tuning'))
+    report, tuning = (grounds(start['n_tools'], start['demonstrations'], s.practice, s.test_per_set, split) for split in ('report', 'tuning'))
     learnt = {q.query.lower() for q in (*report.demonstrations, *report.practice)}
     held = [{q.query.lower() for x in g.test.values() for q in x} for g in (report, tuning)]
     assert not learnt & (held[0] | held[1]) and not held[0] & held[1]
     assert [len(x) for x in report.test.values()] == [s.test_per_set]*3 and len(report.practice) == sum(s.practice)
 
 
-def test_the_papers_start_is_a_run_of_the_three_challenges():
+def test_the_papers_start_is_a_run_of_the_three_challenges_but_for_its_demonstrations():
     s = load_settings('rl', 'paper')
     have = {p.stem for p in runs_dir(ROOT, 'challenges', 'paper').glob('*.json')}
-    assert all(record_key('challenges', CHALLENGES_VERSION, start_spec(s, seed)) in have for seed in s.seeds)
+    starts = [start_spec(s, seed) for seed in s.seeds]
+    assert all((x.pop('demonstrations'), x.pop('repeats')) == (s.start_demonstrations, s.start_repeats) for x in starts)
+    assert all(record_key('challenges', CHALLENGES_VERSION, x) in have for x in starts)
 
 
 def test_a_description_names_what_a_method_uses_and_nothing_else():
     s = load_settings('rl', 'paper')
     specs = {x['method']: x for x in rl_specs(s) if x['seed'] == s.seeds[0]}
-    assert 'minibatch' in specs['ppo'] and 'minibatch' not in specs['dpo'] and 'steps' in specs['more'] and 'steps' not in specs['ppo']
+    assert 'minibatch' in specs['ppo'] and 'minibatch' not in specs['dpo_nll'] and 'steps' in specs['more'] and 'steps' not in specs['ppo']
     assert not {'executors', 'checkpoint_seconds', 'jobs', 'methods', 'grid', 'chosen'} & {k for x in specs.values() for k in x}
     assert rl_spec(replace(s, executors=9, checkpoint_seconds=1.), 'ppo', 0) == specs['ppo'] != rl_spec(replace(s, passes=9), 'ppo', 0)
 
