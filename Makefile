@@ -9,8 +9,8 @@ BIN         := .venv/bin
 # named after what it was set up from, since tools rewrite files without changing them
 READY       := .venv/.ready-$(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 EXPERIMENTS := $(notdir $(basename $(wildcard nbs/exp_*.ipynb)))
-# those that have run: an experiment without records of the profile would make them now, which takes a GPU
-PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(wildcard runs/$(e:exp_%=%)/$(PROFILE)/*.json),$(e)))
+# those whose tables are committed: an experiment that lacks records of the profile would make them now, which takes a GPU
+PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(shell grep -m1 '"$e"' tables/manifest.json),$(e)))
 
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0

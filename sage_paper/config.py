@@ -276,6 +276,7 @@ class Reinforcement(Profile):
 
     def __post_init__(self):
         if len(self.practice) != 3: raise SettingsError(f'practice = {self.practice!r}: expected three numbers of queries, for timing, planning, selection')
+        if unset := {*self.methods} - {c.split(':')[0] for c in self.chosen}: raise SettingsError(f'chosen = {self.chosen!r}: no rate is chosen for {", ".join(sorted(unset))}')
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
         in_range(self, ('temperature', 'lr_value', 'lr_model'), lambda x: x > 0, 'above 0')
         in_range(self, ('margin', 'nll_weight', 'checkpoint_seconds'), lambda x: x >= 0, '0 or more')

@@ -10,7 +10,7 @@ from sage_paper.assets import AssetError
 from sage_paper.calls import format_calls
 from sage_paper.challenge_runs import CHALLENGES_VERSION
 from sage_paper.client import LocalClient
-from sage_paper.config import load_settings
+from sage_paper.config import SettingsError, load_settings
 from sage_paper.continual_runs import read_choice
 from sage_paper.dpo import DPOLearner
 from sage_paper.grpo import GRPOLearner
@@ -21,7 +21,7 @@ from sage_paper.practice import BestAnswers, Demonstrations, practise, two_minde
 from sage_paper.preferences import ModelledPPO, ranked_pairs
 from sage_paper.queries import sageworld_set
 from sage_paper.records import experiment_records, record_key, runs_dir
-from sage_paper.rl_runs import ACTING, SUPERVISED, grounds, rl_choices, rl_records, rl_spec, rl_specs, start_spec, transfer_set, transferred
+from sage_paper.rl_runs import ACTING, SUPERVISED, grounds, rl_choices, rl_records, rl_spec, rl_specs, rl_tuning_specs, start_spec, transfer_set, transferred
 from sage_paper.rollouts import act, judged, summary
 from sage_paper.world import make_world
 
@@ -192,6 +192,16 @@ def test_the_papers_start_is_a_run_of_the_three_challenges_but_for_its_demonstra
     starts = [start_spec(s, seed) for seed in s.seeds]
     assert all((x.pop('demonstrations'), x.pop('repeats')) == (s.start_demonstrations, s.start_repeats) for x in starts)
     assert all(record_key('challenges', CHALLENGES_VERSION, x) in have for x in starts)
+
+
+def test_the_choices_are_the_ones_found():
+    s, found = load_settings('rl', 'paper'), [json.loads(p.read_text()) for p in sorted((ROOT/'runs/rl_tuning/paper').glob('*.json'))]
+    assert {json.dumps(r['spec'], sort_keys=True) for r in found} == {json.dumps(x, sort_keys=True) for x in rl_tuning_specs(s)}
+    assert rl_choices(found) == {name: tuple(rest) for name, *rest in map(read_choice, s.chosen)}
+
+
+def test_a_method_without_a_rate_is_named():
+    with pytest.raises(SettingsError, match='no rate is chosen for gold'): load_settings('rl', 'paper', methods='gold more')
 
 
 def test_a_description_names_what_a_method_uses_and_nothing_else():
