@@ -183,16 +183,18 @@ def rl_numbers(
     s:Reinforcement,
 )->dict: # macro name → text
     "All numbers that the paper's sentences on reinforcement learning use"
-    out = {'RlSeeds': str(len(s.seeds)), 'RlRounds': str(s.rounds), 'RlAnswers': f'{s.rounds*s.n_queries*s.n_answers:,}'}
+    out = {'RlSeeds': str(len(s.seeds)), 'RlDemonstrations': str(s.start_demonstrations), 'RlPractice': f'{sum(s.practice):,}', 'RlRounds': str(s.rounds), 'RlQueries': str(s.n_queries), 'RlEach': str(s.n_answers), 'RlAnswers': f'{s.rounds*s.n_queries*s.n_answers:,}'}
     for method, f in frame.groupby('method', sort=False):
         start = macro_name(f'rl_{method}')
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
-    for name, table in (('over', found), ('timing_over', timing)):
+    for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)):
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
     out |= {macro_name(f'rl_model_{k}'): f'{v:.0f}' if k == 'n' else percent(v) for k, v in model_ranking(records).items()}
     log = training_log(records)
-    for k in ('logps/chosen', 'frac_reward_zero_std', 'alike'):
-        if WATCHED[k] in log.index: out |= {macro_name('rl', m, *k.replace('/', '_').split('_'), when): f'{v:.2f}' for (m, when), v in log.loc[WATCHED[k]].dropna().items() for m in [m.replace('_', ' ').title().replace(' ', '')]}
+    for k in ('logps/chosen', 'alike', 'entropy', 'kl'):
+        if WATCHED[k] in log.index:
+            said = log.loc[WATCHED[k]].dropna().items()
+            out |= {macro_name(f'rl_{method}', *k.replace('/', '_').split('_'), when): percent(v) if k == 'alike' else f'${v:.2f}$' for (method, when), v in said}
     return out
 
 # %% ../nbs/73_rl_report.ipynb #e2738064
