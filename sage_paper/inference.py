@@ -47,7 +47,7 @@ class Unsupported(NotImplementedError):
 # %% ../nbs/40_inference.ipynb #5fcb4b31
 class InProcess:
     "The model in this process"
-    kind = 'in this process'
+    kind, remote = 'in this process', False
     def __init__(self,
         lm:LM,
         width=512, # conversations it takes at a time
@@ -94,7 +94,7 @@ async def logprobs(self:InProcess,
 # %% ../nbs/40_inference.ipynb #224caa29
 class Server:
     "A server that speaks OpenAI's protocol"
-    width = 1   # it makes batches itself
+    width, remote = 1, True   # it makes batches itself
     def __init__(self,
         url:str,    # up to `/v1`
         model:str,
@@ -213,9 +213,9 @@ class UnifiedInferenceClient:
     def __init__(self,
         backend,           # `Server` or `InProcess`
         tools=None,        # key → `Tool`, where samples have candidates
-        concurrency=32,    # requests at a time
+        concurrency=32,    # requests to a server at a time
         attempts=6,
-        deadline=300.,     # seconds for a request, all attempts together
+        deadline=300.,     # seconds for a request to a server, all attempts together
     ):
         self.backend, self.tools, self.concurrency, self.attempts, self.deadline, self.tally = backend, tools, concurrency, attempts, deadline, Tally()
         self.loop = asyncio.new_event_loop()
@@ -244,7 +244,7 @@ async def attempt(self:UnifiedInferenceClient, do):
     async def once(): return await do()
     def again(_): self.tally.retried += 1
     try:
-        async with asyncio.timeout(self.deadline):
+        async with asyncio.timeout(self.deadline if self.backend.remote else None):
             out = await AsyncRetrying(retry=retry_if_exception(passes), wait=pause, stop=stop_after_attempt(self.attempts), reraise=True, before_sleep=again)(once)
     except Exception:
         self.tally.failed += 1
@@ -275,7 +275,7 @@ def start(self:UnifiedInferenceClient,
         for j, found in [*results.items()]: out[j*width:j*width + len(found)] = found
         if errors or error is Interrupted: raise error(out, {j*width: e for j, e in errors.items()}) from next(iter(errors.values()), None)
         return out
-    return self.submit(in_order(one, range(0, len(items), width), self.concurrency if width == 1 else 1, results, errors, befalls_one)), ended
+    return self.submit(in_order(one, range(0, len(items), width), self.concurrency if self.backend.remote else 1, results, errors, befalls_one)), ended
 
 @patch
 def wait(self:UnifiedInferenceClient, future, ended):

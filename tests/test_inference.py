@@ -187,6 +187,14 @@ def test_in_this_process_it_answers_as_the_learners_client_does_and_piece_by_pie
         assert [-x.mean() for x in found] == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_a_deadline_is_for_servers(monkeypatch):
+    def slow(lm, prompts, *a, **k):
+        time.sleep(0.3)
+        return [('late', [1])]*len(prompts)
+    monkeypatch.setattr(sage_paper.inference, 'write', slow)
+    with UnifiedInferenceClient(InProcess(tiny_lm(), 1), deadline=0.1) as client: assert texts(client.chats(questions('a', 'b'))) == ['late', 'late']
+
+
 def test_an_error_in_this_process_is_not_hidden(monkeypatch):
     def broken(*a, **k): raise MemoryError('full')
     monkeypatch.setattr(sage_paper.inference, 'write', broken)
@@ -197,7 +205,7 @@ MANY = '''
 import asyncio, resource, sys
 from sage_paper.inference import Completion, Reply, UnifiedInferenceClient
 class Echo:
-    width, model, kind = 1, 'echo', 'nowhere'
+    width, remote, model, kind = 1, True, 'echo', 'nowhere'
     async def close(self): pass
     async def chat(self, chats, s, first): return [Reply((Completion(chats[0][-1]['content'], (), ()),), 1, 1)]
 client = UnifiedInferenceClient(Echo())
