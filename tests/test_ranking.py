@@ -3,7 +3,7 @@ import numpy as np, pytest
 
 from sage_paper.model import tiny_lm
 from sage_paper.queries import sageworld_set
-from sage_paper.ranking import NameTree, rank_names, reciprocal_ranks, score_names
+from sage_paper.ranking import NameTree, rank_names, score_names
 
 NASTY = ['a', 'ab', 'abc', 'a b', 'a"b', 'ä', '[]', 'tea_pot', 'tea', 'tea_pots', '工具']
 LM = tiny_lm()
@@ -37,7 +37,3 @@ def test_a_query_is_ranked_alike_in_any_company():
     alone = [rank_names(LM, [q], tree)[0] for q in QUERIES]
     for a, b in zip(alone, rank_names(LM, QUERIES, tree, batch_size=3)): assert [n for n, _ in a] == [n for n, _ in b]
     assert rank_names(LM, [], tree) == []
-
-
-def test_reciprocal_ranks_of_what_was_not_found_are_0():
-    assert reciprocal_ranks([[('a', 0.), ('b', -1.)], [], [('c', 0.)]], ['b', 'a', 'c']).tolist() == [0.5, 0, 1]
