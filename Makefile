@@ -15,7 +15,7 @@ PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(shell grep -m1 '"$e"' tables/ma
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
 
-.PHONY: paper figures publish test peers smoke notebooks check bench lab vllm serve setup clean
+.PHONY: paper figures publish test pytest peers smoke notebooks check bench lab vllm serve setup clean
 .DELETE_ON_ERROR:
 
 paper: figures
@@ -30,9 +30,11 @@ figures: $(READY)
 publish: paper
 	cp paper/build/main.pdf paper/main.pdf
 
-test: $(READY)
-	$(BIN)/pytest
+test: pytest
 	$(BIN)/nbdev-test --n-workers 0 --file-re '^\d.*ipynb'
+
+pytest: $(READY)
+	$(BIN)/pytest
 
 # The comparisons with other implementations alone, with the numbers of agreements.
 peers: $(READY)
