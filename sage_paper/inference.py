@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from fastcore.basics import patch
 from .calls import Sample, format_calls
-from .client import Completion
-from .evaluation import batches_of, to_list_end, write
+from .client import Completion, completed
+from .evaluation import batches_of, to_list_end
 from .model import LM, conversation, encode, forward, load_lm
 
 # %% ../nbs/40_inference.ipynb #b4c3d9a6
@@ -56,13 +56,11 @@ class InProcess:
     async def close(self): pass   # nothing to end
 
     def _chat(self, chats, s:Sampling, first):
-        lm, prompts = self.lm, [self.lm.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats for _ in range(s.n)]
         if s.schema is not None: raise Unsupported('the model in this process cannot be held to a JSON Schema: start a server')
-        chances = np.stack([np.random.default_rng(s.seed_of(first + k)).random((s.n, s.max_new_tokens)) for k in range(len(chats))]).reshape(len(prompts), -1) if s.temperature else None
-        with self.lock: written = write(lm, prompts, s.max_new_tokens, self.width, chances=chances, temperature=s.temperature or 1., whole=not s.to_list)
-        ids = lm.tokenizer(prompts[::s.n], add_special_tokens=False)['input_ids']
-        groups = [written[s.n*k:s.n*k + s.n] for k in range(len(chats))]
-        return [Reply(tuple(Completion(t, tuple(p), tuple(out)) for t, out in g), len(p), sum(len(out) for _, out in g)) for p, g in zip(ids, groups)]
+        prompts = [self.lm.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        chances = np.concatenate([np.random.default_rng(s.seed_of(first + k)).random((s.n, s.max_new_tokens)) for k in range(len(chats))]) if s.temperature else None
+        with self.lock: done = completed(self.lm, prompts, s.n, max_new_tokens=s.max_new_tokens, batch_size=self.width, chances=chances, temperature=s.temperature or 1., whole=not s.to_list)
+        return [Reply(tuple(x), len(x[0].prompt_ids), sum(len(c.ids) for c in x)) for x in done]
 
     async def chat(self,
         chats:list,      # of conversations, each a list of dicts with `role` and `content`

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import sage_paper.inference
+import sage_paper.client, sage_paper.inference
 from conftest import ROOT
 from sage_paper.client import LocalClient
 from sage_paper.inference import IncompleteBatch, InProcess, Interrupted, NoServer, Server, UnifiedInferenceClient, find_backend
@@ -191,13 +191,13 @@ def test_a_deadline_is_for_servers(monkeypatch):
     def slow(lm, prompts, *a, **k):
         time.sleep(0.3)
         return [('late', [1])]*len(prompts)
-    monkeypatch.setattr(sage_paper.inference, 'write', slow)
+    monkeypatch.setattr(sage_paper.client, 'write', slow)
     with UnifiedInferenceClient(InProcess(tiny_lm(), 1), deadline=0.1) as client: assert texts(client.chats(questions('a', 'b'))) == ['late', 'late']
 
 
 def test_an_error_in_this_process_is_not_hidden(monkeypatch):
     def broken(*a, **k): raise MemoryError('full')
-    monkeypatch.setattr(sage_paper.inference, 'write', broken)
+    monkeypatch.setattr(sage_paper.client, 'write', broken)
     with UnifiedInferenceClient(InProcess(tiny_lm(), 1)) as client, pytest.raises(IncompleteBatch, match='5 of 5 .*MemoryError: full'): client.chats(questions(*range(5)))
 
 
