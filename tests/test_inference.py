@@ -136,7 +136,15 @@ def test_a_server_that_is_gone_ends_the_batch_and_what_was_answered_is_kept():
         assert texts(e.value.results)[:30] == [str(k) for k in range(30)] and len(seen['asked']) < 60
 
 
-def test_who_stops_it_keeps_what_there_is():
+@pytest.fixture
+def interruptible():
+    "What is started in the background may have been told to ignore the keyboard"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_who_stops_it_keeps_what_there_is(interruptible):
     def reply(h, said, k):
         if int(said) == 40: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         time.sleep(0.01)
