@@ -176,6 +176,7 @@ NAMES = 'id', 'cluster', 'tool', 'part'   # of what was asked
 def blocks_of(result):
     "What was asked and how it was answered, each an entry a query"
     items = result.get('items')
+    if 'end' in result: return [{k: v for k, v in x.items() if not isinstance(v, float)} for x in result['end'].values()]
     if isinstance(items, str): return [unpack(items) | {f'{k} {f}': row[f] for k, row in enumerate(result['rows']) for f in ('name', 'exact')}]
     return [items] if items else [p['items'] for p in (result.get('parts') or {}).values()]
 
@@ -192,9 +193,9 @@ def test_a_committed_record_holds_no_text_and_no_place(path):
     assert blocks or r['experiment'] == 'efficiency'   # times, and no queries
     for items in blocks:
         ids, values = items['id'], [v for k, v in items.items() if k not in NAMES]
-        assert all(re.fullmatch(r'[\w-]+(/\S+)+', i) for i in ids) and len(set(ids)) == len(ids)
+        assert all(re.fullmatch(r'[\w-]+(/\S+)*', i) for i in ids) and len(set(ids)) == len(ids)
         assert values and all(len(v) == len(ids) for v in values)
-        assert all(re.fullmatch('[01]+', v) if isinstance(v, str) else all(x is None or 0 <= x <= 1 for x in v) for v in values)
+        assert all(re.fullmatch('[01]+', v) if isinstance(v, str) else all(x is None or -1 <= x <= 1 for x in v) for v in values)   # a reward may be below 0
     said = {s for items in blocks for k, v in items.items() for s in ([v] if isinstance(v, str) else v if k in NAMES else [])}
     for s in set(strings(r)) - said:
         if s == r['result'].get('items') or re.fullmatch('[0-9]+', s): continue   # packed, and seen above; levels of answers, a digit each
