@@ -134,10 +134,9 @@ def main(
     argv=None, # list of str; the command line's, if not given
 )->int: # exit code
     "The command `sage-paper`"
-    from sage_paper.serving import ServeError
     a = _parser().parse_args(argv)
     try: a.run(a)
-    except (AssetError, OSError, SampleError, ServeError, SettingsError) as e:
+    except (AssetError, OSError, SampleError, SettingsError) as e:
         print(f'sage-paper: {e}', file=sys.stderr)
         return 2
     return 0

@@ -14,7 +14,7 @@ from .inference import NoServer, Server, served
 from .model import computes_bf16, default_device, weights_dir
 
 # %% ../nbs/41_serving.ipynb #bd28ce28
-class ServeError(RuntimeError):
+class ServeError(OSError):
     "vLLM is not there, or does not start"
 
 def vllm_binary()->Path: # raises `ServeError`

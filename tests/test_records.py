@@ -192,10 +192,10 @@ def test_a_committed_record_holds_no_text_and_no_place(path):
     blocks = blocks_of(r['result'])
     assert blocks or r['experiment'] == 'efficiency'   # times, and no queries
     for items in blocks:
-        ids, values = items['id'], [v for k, v in items.items() if k not in NAMES]
-        assert all(re.fullmatch(r'[\w-]+(/\S+)*', i) for i in ids) and len(set(ids)) == len(ids)
-        assert values and all(len(v) == len(ids) for v in values)
-        assert all(re.fullmatch('[01]+', v) if isinstance(v, str) else all(x is None or -1 <= x <= 1 for x in v) for v in values)   # a reward may be below 0
+        ids, values = items['id'], {k: v for k, v in items.items() if k not in NAMES}
+        assert all(re.fullmatch(r'[\w-]+(/\S+)+|[a-z_]+_[\d-]+', i) for i in ids) and len(set(ids)) == len(ids)   # the latter are BFCL's own
+        assert values and all(len(v) == len(ids) for v in values.values())
+        assert all(re.fullmatch('[01]+', v) if isinstance(v, str) else all(x is None or -(k == 'reward') <= x <= 1 for x in v) for k, v in values.items())
     said = {s for items in blocks for k, v in items.items() for s in ([v] if isinstance(v, str) else v if k in NAMES else [])}
     for s in set(strings(r)) - said:
         if s == r['result'].get('items') or re.fullmatch('[0-9]+', s): continue   # packed, and seen above; levels of answers, a digit each
