@@ -24,7 +24,7 @@ def completed(
     lm:LM,
     prompts:list, # of str, each up to where the answer begins
     n=1,          # answers to each
-    **kwargs,     # further arguments of `write`; of `chances` n rows a prompt
+    **kwargs,     # further arguments of `write`; of `chances` and `ends` n a prompt
 )->list: # of lists of n `Completion`, in order
     "Answers of a model, with the tokens that were read and written"
     written = write(lm, [p for p in prompts for _ in range(n)], **kwargs)

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from .calls import Sample, format_calls
 from .client import Completion, completed
-from .evaluation import batches_of, to_list_end
+from .evaluation import TurnEnd, batches_of, to_list_end
 from .model import LM, conversation, encode, forward, load_lm
 
 # %% ../nbs/40_inference.ipynb #b4c3d9a6
@@ -59,7 +59,8 @@ class InProcess:
         if s.schema is not None: raise Unsupported('the model in this process cannot be held to a JSON Schema: start a server')
         prompts = [self.lm.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         chances = np.concatenate([np.random.default_rng(s.seed_of(first + k)).random((s.n, s.max_new_tokens)) for k in range(len(chats))]) if s.temperature else None
-        with self.lock: done = completed(self.lm, prompts, s.n, max_new_tokens=s.max_new_tokens, batch_size=self.width, chances=chances, temperature=s.temperature or 1., whole=not s.to_list)
+        ends = None if s.to_list else [TurnEnd() for _ in range(s.n*len(chats))]
+        with self.lock: done = completed(self.lm, prompts, s.n, max_new_tokens=s.max_new_tokens, batch_size=self.width, chances=chances, temperature=s.temperature or 1., ends=ends)
         return [Reply(tuple(x), len(x[0].prompt_ids), sum(len(c.ids) for c in x)) for x in done]
 
     async def chat(self,
