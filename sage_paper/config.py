@@ -91,7 +91,7 @@ class Challenges(Profile):
     timing: tuple[str, ...]      # data sets of each challenge: names that `sage_paper.datasets` knows
     planning: tuple[str, ...]
     selection: tuple[str, ...]
-    methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'dense', 'sft'], ...] # rows of the table
+    methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'dense', 'hybrid', 'rules', 'lm_judge', 'embedding_judge', 'hybrid_judge', 'gorilla', 'sft', 'sage'], ...] # rows of the table
     n_tools: int                 # tools of SageWorld
     train_per_set: int           # most training queries a data set
     tuning_train_per_set: int    # the same in the search for the learning rates
@@ -106,9 +106,16 @@ class Challenges(Profile):
     lr_grid: tuple[float, ...]
     lr_closed: float
     lr_candidates: float
+    lr_sage: float
+    sage_buffer: int             # of SAGE-Agent: samples its memory holds
+    sage_share: float            # part of the stream that is worth remembering
+    sage_terms: tuple[float, ...] # the weights alpha, beta, gamma of uncertainty, distance, forgetting risk
+    sage_sharpness: float        # exponent on the importance
+    sage_priority: float         # a of importance^a
+    sage_cooldown: float         # part of the stream over which the learning rate falls
 
     def __post_init__(self):
-        in_range(self, ('warmup',), lambda x: 0 <= x <= 1, 'from 0 to 1')
+        in_range(self, ('warmup', 'sage_share', 'sage_cooldown'), lambda x: 0 <= x <= 1, 'from 0 to 1')
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
 
 # %% ../nbs/00_config.ipynb #657043ae

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 from .assets import cache_dir, model_digest
 from .calls import parse_calls
-from .challenge_runs import split_for
+from .challenge_parts import split_for
 from .config import Continual, load_settings
 from .datasets import DATASETS, load_dataset
 from .forgetting import answer_levels

@@ -12,7 +12,7 @@ import dataclasses
 from types import SimpleNamespace
 import numpy as np
 from .assets import model_digest
-from .challenge_runs import split_for
+from .challenge_parts import split_for
 from .config import Coreset, load_settings
 from .datasets import DATASETS, load_dataset
 from .records import best_rates, bits, experiment_records, run_settings

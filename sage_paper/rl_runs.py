@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 from .assets import cache_dir, model_digest
 from .calls import Sample, parse_calls
-from .challenge_runs import Part, challenge_spec, fine_tune, load_part, load_parts
+from .challenge_parts import Part, load_part, load_parts
+from .challenge_runs import challenge_spec
 from .config import Reinforcement, load_settings
 from .continual_runs import read_choice
 from .datasets import load_dataset
+from .methods import fine_tune
 from .queries import sageworld_set
 from .records import best_rates, bits, experiment_records, record_key, run_settings, unbits
 from .retrieval import BM25, with_candidates
