@@ -25,7 +25,7 @@ from .world import make_world, reaches_end_state
 
 # %% ../nbs/64_challenge_runs.ipynb #77a4e61a
 CHALLENGES_VERSION = 1   # raise by hand when the meaning of a run changes
-ONLY = dict(sage_=('sage',))   # settings, by the beginnings of their names, that concern these methods alone
+ONLY = dict(sage_=('sage',), search_=('tot', 'dfsdt'), react_=('react',))   # settings, by the beginnings of their names, that concern these methods alone
 
 def challenge_spec(
     s:Challenges, method:str, regime:str, seed:int,

@@ -91,7 +91,7 @@ class Challenges(Profile):
     timing: tuple[str, ...]      # data sets of each challenge: names that `sage_paper.datasets` knows
     planning: tuple[str, ...]
     selection: tuple[str, ...]
-    methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'dense', 'hybrid', 'rules', 'lm_judge', 'embedding_judge', 'hybrid_judge', 'gorilla', 'sft', 'sage'], ...] # rows of the table
+    methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'dense', 'hybrid', 'rules', 'lm_judge', 'embedding_judge', 'hybrid_judge', 'gorilla', 'react', 'sft', 'tot', 'dfsdt', 'sage'], ...] # rows of the table
     n_tools: int                 # tools of SageWorld
     train_per_set: int           # most training queries a data set
     tuning_train_per_set: int    # the same in the search for the learning rates
@@ -113,6 +113,12 @@ class Challenges(Profile):
     sage_sharpness: float        # exponent on the importance
     sage_priority: float         # a of importance^a
     sage_cooldown: float         # part of the stream over which the learning rate falls
+    search_width: int            # of a search: children of a node that is searched depth first, plans kept breadth first
+    search_draws: int            # continuations that are drawn at a node, at most
+    search_temperature: float    # these are drawn with
+    search_executed: int         # calls a query that may be tried
+    search_tokens: int           # tokens a query that may be written
+    react_steps: int             # steps of an agent, at most
 
     def __post_init__(self):
         in_range(self, ('warmup', 'sage_share', 'sage_cooldown'), lambda x: 0 <= x <= 1, 'from 0 to 1')

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['RETRIEVERS', 'JUDGES', 'METHODS', 'Written', 'Contestant', 'ranked_candidates', 'match_candidates', 'retrieve',
-           'judge', 'fine_tune', 'stream_tune', 'greedy', 'one_document', 'ten_documents', 'Method', 'contest']
+           'judge', 'fine_tune', 'stream_tune', 'greedy', 'searched', 'considered', 'react_tune', 'acted',
+           'one_document', 'ten_documents', 'Method', 'contest']
 
 # %% ../nbs/56_methods.ipynb #72fcade5
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 import numpy as np
 from .calls import ToolCall, format_calls, tool_document
@@ -17,6 +19,7 @@ from .config import load_settings
 from .judges import EmbeddingJudge, HybridJudge, LMJudge, RuleJudge, best_threshold
 from .retrieval import BM25, Fused, Nearest, Retriever, TfIdf, copy_nearest
 from .samples import CHALLENGES
+from .world import make_world
 
 # %% ../nbs/56_methods.ipynb #7681f1cf
 @dataclass
@@ -153,6 +156,45 @@ def greedy(
     out = write(c.lm, [render(x, c.lm.tokenizer, part.tools)[0] for x in part.test], c.s.max_new_tokens, c.s.eval_batch_size)
     return Written([text for text, _ in out], sum(len(ids) for _, ids in out))
 
+# %% ../nbs/56_methods.ipynb #c3483db0
+def _world(part):
+    "The world in which a part's calls can be run; None for data without one"
+    return make_world(part.tools.values()) if part.name == 'sageworld' else None
+
+def _policy(c, part, **kwargs):
+    "What the contestant's model would do next"
+    from sage_paper.search import propose
+    return partial(propose, c.lm, tools=part.tools, temperature=c.s.search_temperature, seed=c.seed, max_new_tokens=c.s.max_new_tokens, batch_size=c.s.eval_batch_size, **kwargs)
+
+def _plans(found):
+    "Results of a search as answers"
+    return Written([format_calls(f.calls) for f in found], sum(f.tokens for f in found), sum(f.executed for f in found))
+
+def searched(c, part): # as `greedy`
+    "Answers that run, where there is a world to run them in; else the likeliest"
+    from sage_paper.search import depth_first
+    if not (world := _world(part)): return greedy(c, part)
+    return _plans(depth_first(_policy(c, part), part.test, world, c.s.search_width, c.s.search_draws, c.s.search_executed, c.s.search_tokens))
+
+def considered(c, part): # as `greedy`
+    "The likeliest of several plans that grow side by side"
+    from sage_paper.search import tree_of_thoughts
+    return _plans(tree_of_thoughts(_policy(c, part, score=True), part.test, c.s.search_width, c.s.search_draws))
+
+# %% ../nbs/56_methods.ipynb #0f011072
+def react_tune(s, spec, parts): # as `fine_tune`
+    "The default model, trained on thoughts, actions and observations"
+    from sage_paper.model import load_lm
+    from sage_paper.react import react_examples
+    lm = load_lm(s.model, s.precision)
+    return lm, _in_batches(s, spec, lm, [e for p in parts for e in react_examples(p.train, p.tools, _world(p), lm.tokenizer)])
+
+def acted(c, part): # as `greedy`
+    "What was done, step by step"
+    from sage_paper.react import react, respond
+    policy = partial(respond, c.lm, max_new_tokens=c.s.max_new_tokens, batch_size=c.s.eval_batch_size)
+    return _plans(react(policy, part.test, part.tools, _world(part), c.s.react_steps))
+
 # %% ../nbs/56_methods.ipynb #ad150411
 def one_document(
     s, spec, parts, # as for `fine_tune`
@@ -183,7 +225,10 @@ METHODS = dict(
     **{k: Method(label, retrieve(k), model=k in ('dense', 'hybrid')) for k, label in _MATCHING.items()},
     **{k: Method(label, judge(k), challenges=('timing',), regimes=('closed',), model=k != 'rules') for k, label in _JUDGING.items()},
     gorilla=Method('Gorilla', greedy, fine_tune, one_document),
+    react=Method('ReAct', acted, react_tune, regimes=('closed',)),
     sft=Method('fine-tuned', greedy, fine_tune),
+    tot=Method('fine-tuned, tree of thoughts', considered, fine_tune, challenges=('planning',), regimes=('closed',)),
+    dfsdt=Method('fine-tuned, DFSDT', searched, fine_tune, challenges=('planning',), regimes=('closed',)),
     sage=Method('SAGE-Agent', greedy, stream_tune, regimes=('closed',)))
 
 # %% ../nbs/56_methods.ipynb #c6180c48

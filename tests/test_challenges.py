@@ -5,10 +5,11 @@ import numpy as np, pytest
 
 from conftest import ROOT
 from sage_paper.calls import format_calls
-from sage_paper.challenge_report import MEASURES, challenge_differences, challenge_latex, check_challenges, columns, item_parts, measures, regime_rates
-from sage_paper.challenge_runs import (CHALLENGES_VERSION, METHODS, answers, challenge_records, challenge_specs, challenge_tuning_specs, given_candidates, load_parts,
-                                       match_candidates, run_challenges, scored)
+from sage_paper.challenge_report import MEASURES, challenge_costs, challenge_differences, challenge_latex, check_challenges, columns, item_parts, measures, peer_latex, regime_rates
+from sage_paper.challenge_parts import REGIMES, given_candidates, load_parts
+from sage_paper.challenge_runs import CHALLENGES_VERSION, challenge_records, challenge_specs, challenge_tuning_specs, run_challenges, scored
 from sage_paper.config import load_settings
+from sage_paper.methods import METHODS, Contestant, contest, match_candidates, retrieve
 from sage_paper.model import no_progress, tiny_lm
 from sage_paper.records import canonical, read_record, record_key, runs_dir
 from sage_paper.report import ReportError
@@ -60,21 +61,21 @@ def test_candidates_in_training_hold_what_is_needed_and_in_testing_what_is_found
 
 def test_the_keys_of_the_runs_need_no_data(monkeypatch):
     def gone(name): raise AssertionError(f'{name} was loaded')
-    monkeypatch.setattr('sage_paper.challenge_runs.load_dataset', gone)
+    monkeypatch.setattr('sage_paper.challenge_parts.load_dataset', gone)
     specs = challenge_specs(PAPER) + challenge_tuning_specs(PAPER)
-    assert len({canonical(s) for s in specs}) == len(specs) >= 2*len(PAPER.methods)
+    assert len({canonical(s) for s in specs}) == len(specs) >= sum(len(METHODS[m].regimes) for m in PAPER.methods)
 
 
 def test_what_learns_nothing_runs_once_and_what_is_trained_with_every_seed():
-    s = dataclasses.replace(PAPER, methods=METHODS, seeds=(0, 1, 2))
+    s = dataclasses.replace(PAPER, methods=tuple(METHODS), seeds=(0, 1, 2))
     specs = challenge_specs(s)
     per = {(x['method'], x['regime']): sum((y['method'], y['regime']) == (x['method'], x['regime']) for y in specs) for x in specs}
-    assert per == {(m, r): 3 if m == 'sft' else 1 for m in METHODS for r in ('closed', 'candidates')}
+    assert per == {(name, r): 3 if m.learn else 1 for name, m in METHODS.items() for r in m.regimes}
     assert {x['split'] for x in challenge_tuning_specs(s)} == {'tuning'} and len(challenge_tuning_specs(s)) == 2*len(s.lr_grid)*len(s.tuning_seeds)
 
 
 def test_one_more_method_leaves_the_other_runs_alone():
-    few, all_ = (dataclasses.replace(PAPER, methods=m) for m in (('bm25', 'tfidf'), METHODS))
+    few, all_ = (dataclasses.replace(PAPER, methods=m) for m in (('bm25', 'tfidf'), tuple(METHODS)))
     assert {canonical(s) for s in challenge_specs(few)} < {canonical(s) for s in challenge_specs(all_)}
 
 
@@ -87,11 +88,13 @@ def test_a_run_twice_gives_the_same_record(settings, records):
 
 def test_a_record_holds_a_value_a_query_and_no_text(settings, parts, records):
     for r in records:
-        assert list(r['result']['parts']) == [f'{p.challenge}/sageworld' for p in parts]
-        for p, got in zip(parts, r['result']['parts'].values()):
+        made_for = METHODS[r['spec']['method']].challenges
+        assert list(r['result']['parts']) == [f'{p.challenge}/sageworld' for p in parts if p.challenge in made_for]
+        for p in (p for p in parts if p.challenge in made_for):
+            got = r['result']['parts'][f'{p.challenge}/sageworld']
             assert {len(v) for v in got['items'].values()} == {len(p.test)} and got['items']['id'] == [s.id for s in p.test]
         assert not any(s.query in canonical(r['result']) for p in parts for s in p.test)
-        assert (r['result']['budget'] is not None) == (r['spec']['method'] == 'sft')
+        assert (r['result']['budget'] is not None) == bool(METHODS[r['spec']['method']].learn)
 
 
 def test_gold_answers_are_worth_everything(parts):
@@ -119,21 +122,23 @@ def test_matching_documents_calls_only_candidates(parts):
 
 def test_closed_book_retrieval_answers_a_known_query_as_it_was_answered(settings, parts):
     known = [dataclasses.replace(p, test=p.train) for p in parts]
-    for p, outputs in zip(known, answers(settings, 'tfidf', 'closed', known)): assert outputs == [format_calls(s.calls) for s in p.train]
+    c = Contestant(settings, 'closed', known)
+    for p in known: assert retrieve('tfidf')(c, p).texts == [format_calls(s.calls) for s in p.train]
 
 
 def test_the_table_tells_the_regimes_apart_and_shows_every_run(settings, records):
     text = challenge_latex(measures(records), settings)
     closed, given = text.split(r'\emph{5 candidates in the prompt}')
     assert r'\emph{closed book}' in closed
-    for block in (closed, given): assert all(block.count(f'\n{name} & ') == 1 for name in ('zero-shot', 'BM25', 'TF-IDF', 'dense', 'fine-tuned'))
-    rows = [l for l in text.splitlines() if l.startswith(('zero-shot', 'BM25', 'TF-IDF', 'dense', 'fine-tuned'))]
+    for block in (closed, given): assert all(block.count(f'\n{name} & ') == 1 for name in ('zero-shot', 'BM25', 'TF-IDF', 'dense', 'fine-tuned', 'Gorilla'))
+    assert closed.count('\nrules & ') == 1 and 'rules & ' not in given   # judges see no candidates
+    rows = [l for l in text.splitlines() if l.startswith(tuple(f'{m.label} & ' for m in METHODS.values()))]
     assert {l.count('&') for l in rows} == {len(columns(records))} and 'profile smoke' in text
 
 
 def test_a_table_is_not_made_of_other_runs_than_asked(settings, records):
     check_challenges(records, settings)
-    with pytest.raises(ReportError, match='1 of 10 runs have no record'): check_challenges(records[1:], settings)
+    with pytest.raises(ReportError, match=f'1 of {len(records)} runs have no record'): check_challenges(records[1:], settings)
     with pytest.raises(ReportError, match='two records'): check_challenges([*records, records[0]], settings)
     other = records[0] | dict(spec=records[0]['spec'] | dict(n_tools=13))
     with pytest.raises(ReportError, match='were not asked for'): check_challenges([*records, other], settings)
@@ -141,7 +146,8 @@ def test_a_table_is_not_made_of_other_runs_than_asked(settings, records):
 
 def test_differences_are_those_of_the_items(records):
     d = challenge_differences(records, 'tfidf')
-    assert len(d) == 2*4*3 and (d.low <= d.difference).all() and (d.difference <= d.high).all() and d.p.between(0, 1).all()
+    done = {(r['spec']['regime'], r['spec']['method'], k) for r in records for k in r['result']['parts'] if r['spec']['method'] != 'tfidf'}
+    assert {(r.regime, r.method, r.part) for r in d.itertuples()} == done and len(d) == len(done) and (d.low <= d.difference).all() and (d.difference <= d.high).all() and d.p.between(0, 1).all()
     frame = measures(records).set_index(['regime', 'method', 'part', 'measure']).value
     first = dict(timing='correct', planning='node_f1', selection='name')
     for r in d.itertuples():
@@ -158,3 +164,34 @@ def test_a_regime_takes_the_rate_with_the_best_mean_over_sets_and_seeds():
     def run(lr, correct, node_f1): return dict(spec=dict(regime='closed', lr=lr), result=dict(parts={'timing/a': dict(items=dict(correct=correct)), 'planning/b': dict(items=dict(node_f1=node_f1))}))
     best_twice = [run(1e-4, '11', [.2, None]), run(1e-4, '01', [.2, .2]), run(2e-4, '01', [.6, None]), run(2e-4, '11', [.6, .8]), run(4e-4, '11', [0., .5])]
     assert regime_rates(best_twice) == dict(closed=2e-4)
+
+
+def test_gorilla_learns_with_one_document_and_is_asked_with_it_or_without(settings, parts):
+    asked = {regime: contest(settings_of(settings), dict(method='gorilla', regime=regime, seed=0, lr=1e-4), parts)[0] for regime in REGIMES}
+    assert {len(s.candidates) for p in asked['candidates'] for s in p.test} == {1} and not any(s.candidates for p in asked['closed'] for s in p.test)
+
+
+def settings_of(s): return dataclasses.make_dataclass('Run', ['epochs', *(f.name for f in dataclasses.fields(s))])(1, **dataclasses.asdict(s))
+
+
+def test_streaming_and_batch_train_on_as_many_samples(records):
+    n = {r['spec']['method']: r['result']['budget']['samples'] for r in records if r['spec']['method'] in ('sft', 'sage') and r['spec']['regime'] == 'closed'}
+    assert n['sft'] == n['sage'] > 0
+
+
+def test_a_judge_is_never_told_which_held_out_queries_need_a_call(settings, parts):
+    flipped = [dataclasses.replace(p, test=tuple(dataclasses.replace(s, calls=()) for s in p.test)) for p in parts]
+    for name in ('rules', 'lm_judge', 'embedding_judge', 'hybrid_judge'):
+        spec = dict(method=name, regime='closed', seed=0)
+        assert contest(settings, spec, parts)[1][0].texts == contest(settings, spec, flipped)[1][0].texts
+
+
+def test_costs_are_means_over_queries_and_seeds(records, settings):
+    costs = challenge_costs(records)
+    for r in records:
+        row = costs.loc[r['spec']['regime'], r['spec']['method']]
+        n = sum(len(p['items']['id']) for p in r['result']['parts'].values())
+        written = sum(p['tokens'] for p in r['result']['parts'].values())/n
+        trained = (r['result']['budget'] or {}).get('tokens', 0)/1e6
+        assert (row.written, row.trained) == tuple(f'{x:.1f}' if x else '0' for x in (written, trained))
+    assert 'trained & written & tried' in peer_latex(records, measures(records), settings)
