@@ -21,11 +21,11 @@ SMOKE, PAPER = load_settings('challenges', 'smoke', FILE), load_settings('challe
 
 @pytest.fixture(scope='module')
 def settings(tmp_path_factory):
-    "The smoke profile with a random model in a folder, and a few more queries"
+    "The smoke profile with a random model in a folder, all methods, and a few more queries"
     folder = tmp_path_factory.mktemp('tiny')
     lm = tiny_lm()
     with no_progress(): lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
-    return dataclasses.replace(SMOKE, model=str(folder), train_per_set=12, test_per_set=8, precision='fp32')
+    return dataclasses.replace(SMOKE, model=str(folder), methods=tuple(METHODS), train_per_set=12, test_per_set=8, precision='fp32')
 
 
 @pytest.fixture(scope='module')
