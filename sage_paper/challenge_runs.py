@@ -25,7 +25,7 @@ from .world import make_world, reaches_end_state
 
 # %% ../nbs/64_challenge_runs.ipynb #77a4e61a
 CHALLENGES_VERSION = 1   # raise by hand when the meaning of a run changes
-ONLY = dict(sage_=('sage',), search_=('tot', 'dfsdt'), react_=('react',))   # settings, by the beginnings of their names, that concern these methods alone
+ONLY = dict(sage_=('sage',), search_=('toolllm', 'tot', 'dfsdt'), react_=('react',), retriever_=('toolllm',), toolken_=())   # settings, by the beginnings of their names, that concern these methods alone
 
 def challenge_spec(
     s:Challenges, method:str, regime:str, seed:int,
@@ -37,12 +37,12 @@ def challenge_spec(
     data = {f'{c}/{name}': part_digest(name, c, s.n_tools, s.train_per_set, s.test_per_set, split) for c in CHALLENGES for name in getattr(s, c)}
     own = dict(method=method, regime=regime, seed=seed, split=split, data=data)
     if METHODS[method].model: own |= dict(weights=model_digest(s.model))
-    if METHODS[method].learn: own |= dict(lr=lr or _rate(s, method, regime), epochs=getattr(s, f'epochs_{_like(method, regime)}'))
+    if METHODS[method].learn: own |= dict(lr=lr or _rate(s, method, regime), epochs=s.toolken_epochs if method == 'toolken' else getattr(s, f'epochs_{_like(method, regime)}'))
     return run_settings(s, ('methods', 'lr_', 'epochs_', 'tuning_', *(k for k, of in ONLY.items() if method not in of))) | own
 
 def _like(method, regime): return 'closed' if METHODS[method].documents is one_document else regime   # one document is hardly longer than none
 
-def _rate(s, method, regime): return s.lr_sage if method == 'sage' else getattr(s, f'lr_{_like(method, regime)}')
+def _rate(s, method, regime): return dict(sage=s.lr_sage, toolken=s.toolken_lr).get(method) or getattr(s, f'lr_{_like(method, regime)}')
 
 # %% ../nbs/64_challenge_runs.ipynb #bbbfcfdb
 @cache

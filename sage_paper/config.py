@@ -91,7 +91,7 @@ class Challenges(Profile):
     timing: tuple[str, ...]      # data sets of each challenge: names that `sage_paper.datasets` knows
     planning: tuple[str, ...]
     selection: tuple[str, ...]
-    methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'dense', 'hybrid', 'rules', 'lm_judge', 'embedding_judge', 'hybrid_judge', 'gorilla', 'react', 'sft', 'tot', 'dfsdt', 'sage'], ...] # rows of the table
+    methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'dense', 'hybrid', 'rules', 'lm_judge', 'embedding_judge', 'hybrid_judge', 'toolken', 'gorilla', 'toolllm', 'react', 'sft', 'tot', 'dfsdt', 'sage'], ...] # rows of the table
     n_tools: int                 # tools of SageWorld
     train_per_set: int           # most training queries a data set
     tuning_train_per_set: int    # the same in the search for the learning rates
@@ -119,6 +119,11 @@ class Challenges(Profile):
     search_executed: int         # calls a query that may be tried
     search_tokens: int           # tokens a query that may be written
     react_steps: int             # steps of an agent, at most
+    retriever_lr: float          # of ToolLLM's retriever
+    retriever_epochs: int        # passes over pairs of a query and a tool it needs
+    retriever_batch: int         # pairs a step
+    toolken_lr: float            # of ToolkenGPT's tokens
+    toolken_epochs: int          # passes over the training queries
 
     def __post_init__(self):
         in_range(self, ('warmup', 'sage_share', 'sage_cooldown'), lambda x: 0 <= x <= 1, 'from 0 to 1')

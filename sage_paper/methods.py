@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RETRIEVERS', 'JUDGES', 'METHODS', 'Written', 'Contestant', 'ranked_candidates', 'match_candidates', 'retrieve',
            'judge', 'fine_tune', 'stream_tune', 'greedy', 'searched', 'considered', 'react_tune', 'acted',
-           'one_document', 'ten_documents', 'Method', 'contest']
+           'one_document', 'ten_documents', 'together', 'own_documents', 'toolken_tune', 'tokens_written', 'Method',
+           'contest']
 
 # %% ../nbs/56_methods.ipynb #72fcade5
 import dataclasses
@@ -17,7 +18,7 @@ from .calls import ToolCall, format_calls, tool_document
 from .challenge_parts import REGIMES, Part, given_candidates, load_parts
 from .config import load_settings
 from .judges import EmbeddingJudge, HybridJudge, LMJudge, RuleJudge, best_threshold
-from .retrieval import BM25, Fused, Nearest, Retriever, TfIdf, copy_nearest
+from .retrieval import BM25, Fused, Nearest, Retriever, TfIdf, copy_nearest, gold_keys
 from .samples import CHALLENGES
 from .world import make_world
 
@@ -198,13 +199,44 @@ def acted(c, part): # as `greedy`
 # %% ../nbs/56_methods.ipynb #ad150411
 def one_document(
     s, spec, parts, # as for `fine_tune`
-)->list: # of `Part`
+)->tuple: # (list of `Part`, what finding them had to be taught as `Budget`, or None)
     "The one document that BM25 finds, right or wrong"
-    return [given_candidates(p, 1, gold='as found') for p in parts]
+    return [given_candidates(p, 1, gold='as found') for p in parts], None
 
-def ten_documents(s, spec, parts): # as for `one_document`
+def ten_documents(s, spec, parts): # as `one_document`
     "The documents that BM25 finds; in training with those of all tools that are needed"
-    return [given_candidates(p, s.n_candidates) for p in parts]
+    return [given_candidates(p, s.n_candidates) for p in parts], None
+
+# %% ../nbs/56_methods.ipynb #3d253294
+def together(
+    parts, # of `Part`
+)->tuple: # (list of `Sample`, the training queries; key → `Tool`)
+    "All parts as one, each tool under a key of its own"
+    tools = {f'{p.challenge}/{p.name}/{k}': t for p in parts for k, t in p.tools.items()}
+    return [dataclasses.replace(x, tool_ids=tuple(f'{p.challenge}/{p.name}/{k}' for k in gold_keys(x, p.tools))) for p in parts for x in p.train], tools
+
+def own_documents(s, spec, parts): # as `one_document`
+    "The documents that a trained retriever finds; in training with those of all tools that are needed"
+    from sage_paper.model import embed, load_lm
+    from sage_paper.trained_retriever import train_retriever
+    lm = load_lm(s.model, s.precision)
+    budget = train_retriever(lm, *together(parts), lr=s.retriever_lr, epochs=s.retriever_epochs, batch_size=s.retriever_batch, seed=spec['seed'])
+    return [given_candidates(p, s.n_candidates, Nearest(lambda texts: embed(lm, texts))) for p in parts], budget
+
+# %% ../nbs/56_methods.ipynb #fcb41edd
+def toolken_tune(s, spec, parts): # as `fine_tune`; instead of a model a model and its `Toolkens`
+    "The released model, and a token for each tool"
+    from sage_paper.model import load_lm
+    from sage_paper.toolken import Toolkens
+    lm, (samples, tools) = load_lm(s.model, s.precision), together(parts)
+    tokens = Toolkens().fit(lm, samples, dict.fromkeys(t.name for t in tools.values()), spec['lr'], s.epochs, s.batch_size, spec['seed'])
+    return (lm, tokens), tokens.budget
+
+def tokens_written(c, part): # as `greedy`
+    "A tool's token where it is the likeliest, then its arguments"
+    lm, tokens = c.lm
+    texts = tokens.write(lm, part.test, together(c.parts)[1], c.s.max_new_tokens, batch_size=c.s.eval_batch_size)
+    return Written(texts, sum(tokens.n_tokens))
 
 # %% ../nbs/56_methods.ipynb #cea430cd
 @dataclass(frozen=True)
@@ -224,7 +256,9 @@ METHODS = dict(
     zero_shot=Method('zero-shot', greedy),
     **{k: Method(label, retrieve(k), model=k in ('dense', 'hybrid')) for k, label in _MATCHING.items()},
     **{k: Method(label, judge(k), challenges=('timing',), regimes=('closed',), model=k != 'rules') for k, label in _JUDGING.items()},
+    toolken=Method('ToolkenGPT', tokens_written, toolken_tune, regimes=('closed',)),
     gorilla=Method('Gorilla', greedy, fine_tune, one_document),
+    toolllm=Method('ToolLLM', searched, fine_tune, own_documents, regimes=('candidates',)),
     react=Method('ReAct', acted, react_tune, regimes=('closed',)),
     sft=Method('fine-tuned', greedy, fine_tune),
     tot=Method('fine-tuned, tree of thoughts', considered, fine_tune, challenges=('planning',), regimes=('closed',)),
@@ -236,13 +270,19 @@ def contest(
     s,         # the settings of a run
     spec:dict, # its description: method, regime, seed, and the rate of what is trained
     parts:list, # of `Part`
-)->tuple: # (parts as they were asked, `Written` for each, tokens and time of training as `Budget` or None)
+)->tuple: # (parts as they were asked, `Written` for each, what training took as `Budget`, or None)
     "Let a method learn and answer"
-    method, budget = METHODS[spec['method']], None
-    documented = spec['regime'] == 'candidates' or method.documents is one_document
-    given = method.documents(s, spec, parts) if documented else parts
+    method, given, finding, learning = METHODS[spec['method']], parts, None, None
+    if spec['regime'] == 'candidates' or method.documents is one_document: given, finding = method.documents(s, spec, parts)
     c = Contestant(s, spec['regime'], given, spec['seed'])
-    if method.learn: c.lm, budget = method.learn(s, spec, given)
+    if method.learn: c.lm, learning = method.learn(s, spec, given)
     elif method.model: c.load()
     asked = [p for p in (given if spec['regime'] == 'candidates' else parts) if p.test and p.challenge in method.challenges]
-    return asked, [method.write(c, p) for p in asked], budget
+    return asked, [method.write(c, p) for p in asked], _sum(finding, learning)
+
+def _sum(*budgets):
+    "Budgets together; None where there is none"
+    budgets = [b for b in budgets if b]
+    if not budgets: return None
+    from sage_paper.trainers import Budget
+    return Budget(*(sum(getattr(b, f.name) for b in budgets) for f in dataclasses.fields(Budget)))
