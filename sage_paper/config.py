@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SettingsError', 'find_root', 'Profile', 'in_range', 'Streaming', 'Challenges', 'Efficiency', 'Coreset',
-           'Arrivals', 'Continual', 'Reinforcement', 'accepted', 'convert', 'typed', 'read_ini', 'load_settings',
-           'notebook_parameters', 'notebook_settings']
+           'Arrivals', 'Continual', 'Reinforcement', 'Generalization', 'accepted', 'convert', 'typed', 'read_ini',
+           'load_settings', 'notebook_parameters', 'notebook_settings']
 
 # %% ../nbs/00_config.ipynb #e45e1cd1
 import configparser, dataclasses, difflib, os, typing
@@ -301,8 +301,33 @@ class Reinforcement(Profile):
         in_range(self, ('warmup',), lambda x: 0 <= x <= 1, 'from 0 to 1')
         in_range(self, ('minibatch',), lambda x: self.n_queries*self.n_answers % x == 0, f'that divides the {self.n_queries*self.n_answers} answers of a round')
 
+# %% ../nbs/00_config.ipynb #2036e626
+@dataclass(frozen=True)
+class Generalization(Profile):
+    "Settings of `exp_generalization`"
+    sources: tuple[Literal['sageworld', 'sageworld-1', 'toolstream', 'metatool', 'ultratool'], ...]   # sets that are trained on
+    transfer: tuple[Literal['sageworld-2', 'sageworld-3', 'bfcl', 'when2call', 'api-bank', 'toolalpaca', 'seal-tools', 'nestools'], ...]   # sets that are only asked
+    methods: tuple[Literal['zero_shot', 'bm25', 'tfidf', 'only', 'all', 'without'], ...] # rows of the table; `only` and `without` stand for one a source
+    n_tools: int           # tools of each SageWorld
+    steps: int             # of training, for every model that is trained
+    batch_size: int        # samples a step
+    test_per_set: int      # most held-out queries a set, and of each part of BFCL
+    n_candidates: int      # tools documented in the prompt, where a set does not name its own
+    gold_share: float      # part of the training samples whose prompt holds the tools needed; of the rest the right answer is no call
+    warmup: float          # part of training over which the learning rate rises
+    eval_batch_size: int   # queries answered at a time
+    max_new_tokens: int    # longest answer
+    lr_grid: tuple[float, ...]
+    lr: float
+
+    def __post_init__(self):
+        if len({*self.sources}) < 2: raise SettingsError(f'sources = {self.sources!r}: expected two or more, so that one can be left out')
+        in_range(self, ('gold_share', 'warmup'), lambda x: 0 <= x <= 1, 'from 0 to 1')
+        in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
+
 # %% ../nbs/00_config.ipynb #ecdaed79
-EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual, 'rl': Reinforcement}
+EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual, 'rl': Reinforcement,
+               'generalization': Generalization}
 
 # %% ../nbs/00_config.ipynb #2427a802
 def accepted(

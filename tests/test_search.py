@@ -211,9 +211,10 @@ def taught():
     asked = [dataclasses.replace(s, query=f'Task {x}') for s, x in zip(short, 'ab')]
     lm = tiny_lm()
     batch, opt = lm.collate(encode(asked, lm.tokenizer)), torch.optim.AdamW(lm.model.parameters(), lr=1e-2)
-    for _ in range(250):
+    decay = torch.optim.lr_scheduler.LinearLR(opt, 1, 0, 300)
+    for _ in range(300):
         forward(lm, batch).nll.mean().backward()
-        opt.step(); opt.zero_grad()
+        opt.step(); opt.zero_grad(); decay.step()
     return lm, asked
 
 
