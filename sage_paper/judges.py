@@ -6,12 +6,12 @@
 __all__ = ['RULES', 'QUESTION', 'QUESTION_TOOLS', 'best_threshold', 'Judge', 'rules_met', 'RuleJudge', 'log_likelihood',
            'yes_no_prompt', 'LMJudge', 'EmbeddingJudge', 'sure_from', 'HybridJudge']
 
-# %% ../nbs/50_judges.ipynb #00204ace
+# %% ../nbs/50_judges.ipynb #4e507060
 import re
 import numpy as np
 from .calls import Sample, tool_document
 
-# %% ../nbs/50_judges.ipynb #111f1c49
+# %% ../nbs/50_judges.ipynb #c4583193
 def best_threshold(
     scores, # [n]; infinite ones count, NaN is refused
     needed, # [n] bool
@@ -24,7 +24,7 @@ def best_threshold(
     right = yes[::-1].cumsum()[::-1] + no.cumsum() - no
     return float(levels[right.argmax()])
 
-# %% ../nbs/50_judges.ipynb #c68bdf35
+# %% ../nbs/50_judges.ipynb #c1f0db1e
 class Judge:
     "Says whether queries need a call; a subclass says how to `score` them"
     threshold = 0.
@@ -44,7 +44,7 @@ class Judge:
         "Whether each needs a call"
         return self.score(list(samples)) >= self.threshold
 
-# %% ../nbs/50_judges.ipynb #0d45a3cc
+# %% ../nbs/50_judges.ipynb #f0f03470
 _VERBS = '''add adjust alert apply arrange assign attach book browse buy calculate call cancel change charge check clear close compute connect convert copy
     create deliver delete dim disable display download drop edit email enable enter export extract fetch file find forward get give import increase
     invite lend let list locate lock look lower make mark measure message monitor move name notify open order pause pay pick play post print pull put
@@ -65,7 +65,7 @@ RULES = (  # name, weight, pattern in lower case
     ('past', -1, r"\b(?:yesterday|last (?:night|week|month|year)|ago|already|used to|had to)\b|^\W*(?:i|we|he|she|they) \w+ed\b"))
 _RULES = [(name, weight, re.compile(pattern)) for name, weight, pattern in RULES]
 
-# %% ../nbs/50_judges.ipynb #42dfacba
+# %% ../nbs/50_judges.ipynb #38de9390
 def rules_met(
     query:str,
 )->tuple: # of names in `RULES`
@@ -73,7 +73,7 @@ def rules_met(
     text = query.lower().replace('’', "'")
     return tuple(name for name, _, pattern in _RULES if pattern.search(text))
 
-# %% ../nbs/50_judges.ipynb #02e0c171
+# %% ../nbs/50_judges.ipynb #2bc1a568
 class RuleJudge(Judge):
     "The balance of `RULES` for and against a call"
     def score(self,
@@ -83,7 +83,7 @@ class RuleJudge(Judge):
         weights = {name: weight for name, weight, _ in RULES}
         return np.array([sum(weights[r] for r in rules_met(s.query)) for s in samples], float)
 
-# %% ../nbs/50_judges.ipynb #abdd4f0a
+# %% ../nbs/50_judges.ipynb #ccf14f41
 def log_likelihood(
     lm,      # `LM`
     prompts, # [n], of str
@@ -105,7 +105,7 @@ def _answer_log_likelihood(lm, batch):
     from sage_paper.model import forward, sum_by_row
     with torch.no_grad(): return -sum_by_row(forward(lm, batch).token_nll, batch.row, len(batch.input_ids)),
 
-# %% ../nbs/50_judges.ipynb #da7d1af4
+# %% ../nbs/50_judges.ipynb #c2e2ff87
 QUESTION = 'Is a tool needed to answer this request? Answer Yes or No.'
 QUESTION_TOOLS = 'Is one of the tools below needed to answer this request? Answer Yes or No.'
 
@@ -119,7 +119,7 @@ def yes_no_prompt(
     chat = [dict(role='system', content=system), dict(role='user', content=sample.query)]
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
-# %% ../nbs/50_judges.ipynb #96e77160
+# %% ../nbs/50_judges.ipynb #5d585096
 class LMJudge(Judge):
     "A language model asked for yes or no"
     def __init__(self,
@@ -136,7 +136,7 @@ class LMJudge(Judge):
         yes, no = (log_likelihood(self.lm, prompts, a, self.batch_size) for a in ('Yes', 'No'))
         return yes - no
 
-# %% ../nbs/50_judges.ipynb #b5a0a093
+# %% ../nbs/50_judges.ipynb #9d86870d
 class EmbeddingJudge(Judge):
     "Logistic regression on vectors of queries"
     def __init__(self,
@@ -163,7 +163,7 @@ class EmbeddingJudge(Judge):
         "Log-odds that a call is needed; raises scikit-learn's `NotFittedError` before `fit`"
         return self.classifier.decision_function(self.embed([s.query for s in samples])) if len(samples) else np.zeros(0)
 
-# %% ../nbs/50_judges.ipynb #f3cef845
+# %% ../nbs/50_judges.ipynb #4073a734
 def sure_from(
     scores, # [n]
     right,  # [n] bool, whether the verdict is right there
@@ -174,13 +174,13 @@ def sure_from(
     n, hit = (np.bincount(at, w, len(levels))[::-1].cumsum()[::-1] for w in (np.ones(len(at)), np.asarray(right, float)))
     return float(np.r_[levels[(hit + 1)/(n + 2) >= confidence], np.inf][0])
 
-# %% ../nbs/50_judges.ipynb #5c747f6b
+# %% ../nbs/50_judges.ipynb #331f7af7
 class HybridJudge(Judge):
     "A cascade: the first judge where it is sure, else the second"
     def __init__(self,
         second:Judge,
         first=None, # `Judge`; None: `RuleJudge`
-        confidence=.95, # of being right that makes the first one sure, in [0, 1]
+        confidence=.9, # of being right that makes the first one sure, in [0, 1]
     ):
         if not 0 <= confidence <= 1: raise ValueError(f'confidence = {confidence}: not in [0, 1]')
         self.first, self.second, self.confidence = first or RuleJudge(), second, confidence

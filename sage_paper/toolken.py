@@ -6,7 +6,7 @@
 __all__ = ['call_pieces', 'Context', 'contexts', 'States', 'read', 'toolken_loss', 'start_rows', 'Toolkens', 'ArgumentsEnd',
            'arguments_of', 'write_arguments', 'argument_prompt']
 
-# %% ../nbs/52_toolken.ipynb #c41147b0
+# %% ../nbs/52_toolken.ipynb #550bab94
 import json
 from dataclasses import dataclass, replace
 import numpy as np, torch
@@ -16,7 +16,7 @@ from .evaluation import ListEnd, batches_of, write
 from .model import LM, Encoded, collate, forward, forward_flops, render, shape
 from .trainers import Budget, Stopwatch
 
-# %% ../nbs/52_toolken.ipynb #08099ef4
+# %% ../nbs/52_toolken.ipynb #af9b2c06
 def call_pieces(
     calls, # of `ToolCall`
 )->list: # of str
@@ -27,7 +27,7 @@ def _tokens(lm, texts): return lm.tokenizer(texts, add_special_tokens=False)['in
 
 def _prompt(lm, sample): return render(replace(sample, calls=(), candidates=()), lm.tokenizer)[0]
 
-# %% ../nbs/52_toolken.ipynb #b364f23c
+# %% ../nbs/52_toolken.ipynb #fbc06ae0
 @dataclass
 class Context:
     "What a model has read"
@@ -50,7 +50,7 @@ def contexts(
         for ids in _tokens(lm, call_pieces(s.calls)*calls): c.grow(ids)
     return out
 
-# %% ../nbs/52_toolken.ipynb #16d43497
+# %% ../nbs/52_toolken.ipynb #7786286c
 @dataclass
 class States:
     "What a frozen model says where a tool may follow, at n places; fp32, on its device"
@@ -78,7 +78,7 @@ def read(
     order = torch.as_tensor(np.argsort(places), device=lm.device)
     return States(*(torch.cat(x)[order] for x in zip(*parts)))
 
-# %% ../nbs/52_toolken.ipynb #48b8e1eb
+# %% ../nbs/52_toolken.ipynb #0a85da38
 def toolken_loss(
     tools,  # [B, n_tools], logits of the tools
     words, end, # [B], as in `States`
@@ -88,7 +88,7 @@ def toolken_loss(
     own = torch.cat([tools, end[:, None]], 1).gather(1, target[:, None])[:, 0]
     return torch.logaddexp(words, tools.logsumexp(-1)) - own
 
-# %% ../nbs/52_toolken.ipynb #ca52a817
+# %% ../nbs/52_toolken.ipynb #8d5ecd02
 def start_rows(
     lm:LM, names, # of str
     start='random', # or 'name'
@@ -101,7 +101,7 @@ def start_rows(
     d = head.shape[1]
     return ((2*torch.rand(len(names), d, generator=torch.Generator().manual_seed(seed)) - 1)/d**.5).to(lm.device)
 
-# %% ../nbs/52_toolken.ipynb #148758b0
+# %% ../nbs/52_toolken.ipynb #8dc3965f
 class Toolkens:
     "A frozen model's tools as tokens"
     def fit(self,
@@ -147,7 +147,7 @@ def _train(rows, states, target, lr, epochs, batch_size, seed):
         losses.append(torch.cat(epoch).mean())
     return rows.detach(), [float(x) for x in losses]
 
-# %% ../nbs/52_toolken.ipynb #ed54acd0
+# %% ../nbs/52_toolken.ipynb #1a4a9789
 @patch
 def choose(self:Toolkens,
     states:States, # n places
@@ -156,7 +156,7 @@ def choose(self:Toolkens,
     best, which = (states.hidden @ self.rows.T).max(1)
     return [self.names[j] if tool else None for j, tool in zip(which.tolist(), (best > states.best).tolist())]
 
-# %% ../nbs/52_toolken.ipynb #94bf7bf3
+# %% ../nbs/52_toolken.ipynb #d0d5c8ed
 class ArgumentsEnd(ListEnd):
     "Follows an answer, piece by piece, from where a call's arguments begin to where they end"
     def _outside(self, c):
@@ -172,7 +172,7 @@ def arguments_of(
     parsed = parse_calls('[{"name":"","arguments":' + own + '}]')
     return parsed.calls[0].arguments if parsed.clean and parsed.calls else {}
 
-# %% ../nbs/52_toolken.ipynb #59865388
+# %% ../nbs/52_toolken.ipynb #d8017605
 def write_arguments(
     lm:LM,
     prompts:list, # of str, each up to where arguments begin
@@ -181,7 +181,7 @@ def write_arguments(
     "Arguments, greedily; those that are broken or not over in time are {}"
     return [(arguments_of(text), len(ids)) for text, ids in write(lm, prompts, max_new_tokens, batch_size, room, ends=[ArgumentsEnd() for _ in prompts])]
 
-# %% ../nbs/52_toolken.ipynb #dca7b6f0
+# %% ../nbs/52_toolken.ipynb #ffe80149
 def argument_prompt(
     lm:LM,
     sample:Sample,
@@ -193,7 +193,7 @@ def argument_prompt(
     start = call_pieces([*calls, ToolCall(tools[tool].name)])
     return render(replace(sample, calls=(), candidates=(tool,)), lm.tokenizer, tools)[0] + ''.join(start)[:-len('{}}')]
 
-# %% ../nbs/52_toolken.ipynb #51432496
+# %% ../nbs/52_toolken.ipynb #8327ed6e
 @patch
 def write(self:Toolkens,
     lm:LM,
