@@ -198,11 +198,13 @@ def regime_rates(
 # %% ../nbs/65_challenge_report.ipynb #389eaa25
 def challenge_differences(
     records, against='tfidf',
+    by=FIRST, # challenge → measure; sets that lack it are left out
 )->pd.DataFrame: # a row for each regime, method and data set
-    "Each method against one other, on each challenge's first measure"
+    "Each method against one other, on a measure of each challenge"
     def mean(regime, method, k):
         of = [r['result']['parts'][k]['items'] for r in records if (r['spec']['regime'], r['spec']['method']) == (regime, method) and k in r['result']['parts']]
-        return (np.mean([_values(x[FIRST[k.split('/')[0]]]) for x in of], 0), of[0]['cluster']) if of else (None, None)
+        of = [x for x in of if by[k.split('/')[0]] in x]
+        return (np.mean([_values(x[by[k.split('/')[0]]]) for x in of], 0), of[0]['cluster']) if of else (None, None)
     rows = []
     for regime in REGIMES:
         for k in part_names(records):
@@ -230,6 +232,11 @@ def challenge_numbers(
     for r in frame.itertuples(): out[macro_name(f'{r.regime}_{r.method}') + name(r.part) + macro_name(r.measure.replace('f1', 'f'))] = percent(r.value)
     for d in challenge_differences(records).itertuples():
         if d.method == 'sft': out[macro_name(f'gain_{d.regime}') + name(d.part)] = latex_difference(d.difference, d.low, d.high)
+    for ending, by in (('', FIRST), ('Success', FIRST | dict(planning='success'))):
+        for d in challenge_differences(records, 'sft', by).itertuples():
+            if not ending or d.part == 'planning/sageworld': out[macro_name(f'over_{d.regime}_{d.method}') + name(d.part) + ending] = latex_difference(d.difference, d.low, d.high)
+    for (regime, method), c in challenge_costs(records).iterrows():
+        out |= {macro_name(f'{regime}_{method}_{k}'): v for k, v in c.items()}
     for r in records:
         if r['spec']['regime'] == 'candidates':
             out |= {f'Recall{name(k)}': percent(p['candidate_recall']) for k, p in r['result']['parts'].items() if 'candidate_recall' in p}

@@ -99,7 +99,7 @@ def retrieve(
 
 # %% ../nbs/56_methods.ipynb #6ae19e40
 JUDGES = dict(rules=lambda c: RuleJudge(), lm_judge=lambda c: LMJudge(c.lm), embedding_judge=lambda c: EmbeddingJudge(c.embed),
-              hybrid_judge=lambda c: HybridJudge(LMJudge(c.lm)))
+              hybrid_judge=lambda c: HybridJudge(LMJudge(c.lm), confidence=.95))
 
 def judge(
     name:str, # in `JUDGES`
