@@ -183,7 +183,7 @@ PUBLISHED_BFCL = {   # model: accuracy in percent on BFCL v4, non-live by syntax
 def published_latex()->str:
     "What is published of larger models, as LaTeX"
     table = pd.DataFrame(PUBLISHED_BFCL, index=['non-live', 'live', 'irrelevance']).T.map('{:.1f}'.format)
-    return to_latex(table, None, 'Percent right on BFCL v4 as its leaderboard gives it, calls by syntax tree. Models of 0.5 to 1.2 billion parameters, trained by others on other data.')
+    return to_latex(table, None, 'Percent right on BFCL v4 as its leaderboard gives it, calls by syntax tree. Models of half a billion to one and a half billion parameters, trained by others on other data.')
 
 # %% ../nbs/65_challenge_report.ipynb #ac42f04f
 FIRST = dict(timing='correct', planning='node_f1', selection='name')   # what a challenge is decided by

@@ -157,7 +157,8 @@ def test_differences_are_those_of_the_items(records):
 
 def test_the_committed_records_are_those_of_the_settings():
     files = {p.stem: read_record(p) for p in runs_dir(ROOT, 'challenges', 'paper').glob('*.json')}
-    assert set(files) == {record_key('challenges', CHALLENGES_VERSION, s) for s in challenge_specs(PAPER)}
+    asked, possible = ({record_key('challenges', CHALLENGES_VERSION, x) for x in challenge_specs(s)} for s in (PAPER, dataclasses.replace(PAPER, methods=tuple(METHODS))))
+    assert asked <= set(files) <= possible
 
 
 def test_a_regime_takes_the_rate_with_the_best_mean_over_sets_and_seeds():
