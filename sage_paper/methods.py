@@ -251,7 +251,7 @@ class Method:
     model: bool = True              # whether it needs the language model
 
 _MATCHING = dict(bm25='BM25', tfidf='TF-IDF', dense='dense', hybrid='hybrid')
-_JUDGING = dict(rules='rules', lm_judge='model as judge', embedding_judge='judge on vectors', hybrid_judge='rules, then model')
+_JUDGING = dict(rules='rules', lm_judge='model as judge', embedding_judge='judge on vectors', hybrid_judge='rules, model')
 METHODS = dict(
     zero_shot=Method('zero-shot', greedy),
     **{k: Method(label, retrieve(k), model=k in ('dense', 'hybrid')) for k, label in _MATCHING.items()},
@@ -261,8 +261,8 @@ METHODS = dict(
     toolllm=Method('ToolLLM', searched, fine_tune, own_documents, regimes=('candidates',)),
     react=Method('ReAct', acted, react_tune, regimes=('closed',)),
     sft=Method('fine-tuned', greedy, fine_tune),
-    tot=Method('fine-tuned, tree of thoughts', considered, fine_tune, challenges=('planning',), regimes=('closed',)),
-    dfsdt=Method('fine-tuned, DFSDT', searched, fine_tune, challenges=('planning',), regimes=('closed',)),
+    tot=Method('tree of thoughts', considered, fine_tune, challenges=('planning',), regimes=('closed',)),
+    dfsdt=Method('DFSDT', searched, fine_tune, challenges=('planning',), regimes=('closed',)),
     sage=Method('SAGE-Agent', greedy, stream_tune, regimes=('closed',)))
 
 # %% ../nbs/56_methods.ipynb #c6180c48
