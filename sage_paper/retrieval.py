@@ -7,7 +7,7 @@ __all__ = ['top', 'Retriever', 'tokens', 'BM25', 'TfIdf', 'Nearest', 'Fused', 'h
            'ndcg', 'copy_nearest', 'match_documents', 'gold_keys', 'with_candidates', 'candidate_recall']
 
 # %% ../nbs/12_retrieval.ipynb #37da4a3d
-import os, re
+import os, re, warnings
 from dataclasses import replace
 from random import Random
 import numpy as np
@@ -71,7 +71,9 @@ class BM25(Retriever):
     )->'BM25':
         "Index the documents"
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # bm25s imports JAX where there is one, and that would take most of a GPU's memory
-        import bm25s
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')   # of the widgets that its progress bars would need
+            import bm25s
         words, self.n_documents = _words(documents), len(documents)
         self.index = bm25s.BM25(k1=self.k1, b=self.b, dtype='float64')
         self.index.index(words, show_progress=False)
