@@ -16,7 +16,7 @@ from .calls import format_calls, parse_calls
 from .challenge_parts import REGIMES, Part, load_part, load_parts
 from .config import Challenges, load_settings
 from .datasets import DATASETS
-from .methods import METHODS, contest, fine_tune, one_document, stream_tune
+from .methods import METHODS, contest, one_document
 from .records import bits, experiment_records, run_settings
 from .retrieval import candidate_recall
 from .samples import CHALLENGES, digest

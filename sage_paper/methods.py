@@ -12,7 +12,6 @@ __all__ = ['RETRIEVERS', 'JUDGES', 'METHODS', 'Written', 'Contestant', 'ranked_c
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 import numpy as np
 from .calls import ToolCall, format_calls, tool_document
 from .challenge_parts import REGIMES, Part, given_candidates, load_parts
@@ -38,7 +37,7 @@ class Contestant:
         regime:str, # of `REGIMES`
         parts:list, # of `Part`
         seed=0,
-    ): self.s, self.regime, self.parts, self.seed, self.lm, self.budget, self.found = s, regime, parts, seed, None, None, {}
+    ): self.s, self.regime, self.parts, self.seed, self.lm, self.found = s, regime, parts, seed, None, {}
 
     @property
     def shown(self):

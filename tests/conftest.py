@@ -52,6 +52,15 @@ def toolstream(load_toolstream):
 
 
 @pytest.fixture(scope='session')
+def tiny_folder(tmp_path_factory):
+    "A random model in a folder, as settings name one"
+    from sage_paper.model import no_progress, tiny_lm
+    folder, lm = tmp_path_factory.mktemp('tiny'), tiny_lm()
+    with no_progress(): lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope='session')
 def smollm():
     "The default model in fp32; skips where its package cannot be had"
     from sage_paper.model import load_lm

@@ -10,7 +10,6 @@ from sage_paper.challenge_parts import REGIMES, given_candidates, load_parts
 from sage_paper.challenge_runs import CHALLENGES_VERSION, challenge_records, challenge_specs, challenge_tuning_specs, run_challenges, scored
 from sage_paper.config import load_settings
 from sage_paper.methods import METHODS, Contestant, contest, match_candidates, retrieve
-from sage_paper.model import no_progress, tiny_lm
 from sage_paper.records import canonical, read_record, record_key, runs_dir
 from sage_paper.report import ReportError
 from sage_paper.retrieval import BM25, TfIdf, gold_keys
@@ -20,12 +19,9 @@ SMOKE, PAPER = load_settings('challenges', 'smoke', FILE), load_settings('challe
 
 
 @pytest.fixture(scope='module')
-def settings(tmp_path_factory):
+def settings(tiny_folder):
     "The smoke profile with a random model in a folder, all methods, and a few more queries"
-    folder = tmp_path_factory.mktemp('tiny')
-    lm = tiny_lm()
-    with no_progress(): lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
-    return dataclasses.replace(SMOKE, model=str(folder), methods=tuple(METHODS), train_per_set=12, test_per_set=8, precision='fp32')
+    return dataclasses.replace(SMOKE, model=tiny_folder, methods=tuple(METHODS), train_per_set=12, test_per_set=8, precision='fp32')
 
 
 @pytest.fixture(scope='module')

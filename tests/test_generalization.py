@@ -12,7 +12,6 @@ from sage_paper.generalization_report import (MEASURES, bfcl_categories, check_g
                                               generalization_rate, measures, overview, rows, sets_asked, training_overview, write_generalization)
 from sage_paper.generalization_runs import (GENERALIZATION_VERSION, USES, apart, as_learnt, experiment_parts, generalization_specs, generalization_tuning_specs, has_gold, marked, method_names,
                                             run_generalization, set_parts, shares, trained_on, training_parts, world_set)
-from sage_paper.model import no_progress, tiny_lm
 from sage_paper.records import canonical, record_key
 from sage_paper.report import ReportError
 from sage_paper.retrieval import gold_keys
@@ -23,12 +22,9 @@ SMOKE, PAPER = load_settings('generalization', 'smoke', FILE), load_settings('ge
 
 
 @pytest.fixture(scope='module')
-def settings(tmp_path_factory):
+def settings(tiny_folder):
     "The smoke profile with a random model in a folder"
-    folder = tmp_path_factory.mktemp('tiny')
-    lm = tiny_lm()
-    with no_progress(): lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
-    return dataclasses.replace(SMOKE, model=str(folder), precision='fp32', test_per_set=4, max_new_tokens=4)
+    return dataclasses.replace(SMOKE, model=tiny_folder, precision='fp32', test_per_set=4, max_new_tokens=4)
 
 
 @pytest.fixture(scope='module')
