@@ -154,7 +154,7 @@ def challenge_latex(
 COSTS = 'Cost: millions of tokens trained on, and for each query tokens written and calls tried out in the world.'
 
 # %% ../nbs/65_challenge_report.ipynb #0524784a
-PEERS = ('toolstream', 'sageworld')   # the sets of Table 1
+PEERS = ('toolstream', 'sageworld')   # the sets of Table 3
 
 def challenge_costs(
     records,
@@ -173,7 +173,7 @@ def peer_latex(
     records, frame:pd.DataFrame, # as from `measures` of these
     s:Challenges,
 )->str:
-    "Table 1 as LaTeX: the sets of `PEERS`, and what each method costs"
+    "Table 3 as LaTeX: the sets of `PEERS`, and what each method costs"
     return challenge_latex(frame[[p.split('/')[1] in PEERS for p in frame.part]], s, challenge_costs(records))
 
 # %% ../nbs/65_challenge_report.ipynb #4b856985
