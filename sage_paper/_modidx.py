@@ -175,6 +175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sage_paper.cli.answers_for': ('cli.html#answers_for', 'sage_paper/cli.py'),
                                 'sage_paper.cli.asked': ('cli.html#asked', 'sage_paper/cli.py'),
                                 'sage_paper.cli.evaluate_command': ('cli.html#evaluate_command', 'sage_paper/cli.py'),
+                                'sage_paper.cli.interruptible': ('cli.html#interruptible', 'sage_paper/cli.py'),
                                 'sage_paper.cli.main': ('cli.html#main', 'sage_paper/cli.py'),
                                 'sage_paper.cli.score_command': ('cli.html#score_command', 'sage_paper/cli.py'),
                                 'sage_paper.cli.scores_by_challenge': ('cli.html#scores_by_challenge', 'sage_paper/cli.py'),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEFINED', 'answers_for', 'asked', 'scores_by_challenge', 'show_scores', 'score_command', 'evaluate_command',
-           'serve_command', 'main']
+           'interruptible', 'serve_command', 'main']
 
 # %% ../nbs/89_cli.ipynb #bb74869e
-import argparse, json, sys
+import argparse, json, signal, sys
+from contextlib import contextmanager
 from pathlib import Path
 from .assets import AssetError
 from .calls import Sample, Tool, ToolCall, format_calls
@@ -89,21 +90,36 @@ def evaluate_command(a):
     show_scores(scores_by_challenge(samples, outputs, a.challenge), a.format)
 
 # %% ../nbs/89_cli.ipynb #1fbde878
-def serve_command(a):
+@contextmanager
+def interruptible():
+    "Within it, being told to end, and a terminal that is closed, interrupt as the keyboard does"
+    def interrupt(*_): raise KeyboardInterrupt
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL}
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
+# %% ../nbs/89_cli.ipynb #d2129ac2
+def serve_command(a)->int: # exit code
     "`sage-paper serve`"
     from sage_paper.serving import VLLM
     server = VLLM(a.model, a.port, a.context, a.adapters)
     print(f'starting vLLM; its log: {server.log}', file=sys.stderr)
-    with server:
-        print(f'{a.model} answers at {server.url} until this is interrupted', flush=True)
-        try: server.process.wait()
-        except KeyboardInterrupt: return
-        print(f'sage-paper: vLLM ended by itself. The end of its log:\n{server.said()}', file=sys.stderr)
+    try:
+        with interruptible(), server:
+            print(f'{a.model} answers at {server.url} until this is interrupted', flush=True)
+            code = server.process.wait()
+    except KeyboardInterrupt: return 0
+    print(f'sage-paper: vLLM ended by itself, with {code}. The end of its log:\n{server.said()}', file=sys.stderr)
+    return 1
 
 # %% ../nbs/89_cli.ipynb #4928c4f4
 def _parser():
     parser = argparse.ArgumentParser('sage-paper', description='The experiments of SAGE-Agent, and its metrics for your own data and models.')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
+    def port(text):
+        if not 0 <= (n := int(text)) < 2**16: raise ValueError
+        return n
     def command(name, run, about):
         p = commands.add_parser(name, help=about, description=about)
         p.add_argument('--data', required=True, metavar='FILE', help='the samples with their right calls, JSON Lines')
@@ -121,9 +137,9 @@ def _parser():
     e.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto')
     e.add_argument('--batch-size', type=int, default=32, metavar='N', help='queries answered at a time (default: 32)')
     e.add_argument('--max-new-tokens', type=int, default=128, metavar='N', help='longest answer (default: 128)')
-    v = commands.add_parser('serve', help='Serve a model with vLLM.', description='Serve a model with vLLM until interrupted. `make vllm` installs it.')
+    v = commands.add_parser('serve', help='Serve a model with vLLM.', description='Serve a model with vLLM. `make vllm` installs it.', epilog='exit code: 0 when interrupted (Ctrl-C, SIGTERM), 1 when vLLM ends by itself, 2 when it does not start')
     v.add_argument('--model', default='smollm2-135m-instruct', metavar='DIR', help='as for evaluate (default: smollm2-135m-instruct)')
-    v.add_argument('--port', type=int, default=8000, metavar='N', help='(default: 8000, where others look for it)')
+    v.add_argument('--port', type=port, default=8000, metavar='N', help='(default: 8000, where others look for it)')
     v.add_argument('--context', type=int, default=1024, metavar='N', help='most tokens of a request, answer included (default: 1024)')
     v.add_argument('--adapters', action='store_true', help='take in LoRA weights while it runs')
     v.set_defaults(run=serve_command)
@@ -135,8 +151,7 @@ def main(
 )->int: # exit code
     "The command `sage-paper`"
     a = _parser().parse_args(argv)
-    try: a.run(a)
+    try: return a.run(a) or 0
     except (AssetError, OSError, SampleError, SettingsError) as e:
         print(f'sage-paper: {e}', file=sys.stderr)
         return 2
-    return 0

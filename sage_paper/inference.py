@@ -359,10 +359,12 @@ class NoServer(ConnectionError):
 def served(
     url:str,    # up to `/v1`
     timeout=2., # seconds
+    key=None,   # if it asks for one
 )->list: # names; raises `NoServer`
     "The models of a vLLM server that is up"
     def get(address):
-        with urllib.request.urlopen(address, timeout=timeout) as r: return r.read()
+        request = urllib.request.Request(address, headers=dict(Authorization=f'Bearer {key}') if key else {})
+        with urllib.request.urlopen(request, timeout=timeout) as r: return r.read()
     try:
         get(url.rstrip('/').removesuffix('/v1') + '/health')
         data = json.loads(get(url.rstrip('/') + '/models'))['data']

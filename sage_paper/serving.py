@@ -57,15 +57,17 @@ class VLLM:
         context=1024, adapters=False, # as for `vllm_command`
         patience=600.,   # seconds for it to start
         binary=None, log=None, # the command, and a file for what it says; `vllm_binary`'s and a temporary one, if not given
+        key=None,        # what those who ask must know; None: nothing
     ):
-        self.model, self.port, self.patience = model, port or free_port(), patience
+        self.model, self.port, self.patience, self.key = model, port or free_port(), patience, key
         self.url, self.log = f'http://127.0.0.1:{self.port}/v1', Path(log or tempfile.mkstemp(suffix='.vllm.log')[1])
         device = default_device()
         self.command, self.env = vllm_command(binary or vllm_binary(), weights_dir(model), Path(model).name, self.port, device.type == 'cuda', computes_bf16(device), context, adapters)
+        if key: self.env |= dict(VLLM_API_KEY=key)   # not among the arguments, which every user of a machine can read
         self.process = None
 
     def said(self, n=20)->str: "The end of its log"; return '\n'.join(self.log.read_text(errors='replace').splitlines()[-n:])
-    def backend(self)->Server: "What asks it"; return Server(self.url, served(self.url)[0])
+    def backend(self)->Server: "What asks it"; return Server(self.url, served(self.url, key=self.key)[0], self.key or 'none')
     def __enter__(self): return self.start()
     def __exit__(self, *_): self.stop()
 
@@ -74,12 +76,12 @@ class VLLM:
 def start(self:VLLM)->VLLM: # raises `ServeError`
     "Start it and wait until it answers"
     with socket.socket() as s:
-        if s.connect_ex(('127.0.0.1', self.port)) == 0: raise ServeError(f'something listens at port {self.port} already')
-    with open(self.log, 'wb') as log: self.process = subprocess.Popen(self.command, env=os.environ | self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        if s.connect_ex(('127.0.0.1', self.port)) == 0: raise ServeError(f'something listens at port {self.port} already: end it, or choose another port')
     until = time.monotonic() + self.patience
     try:
+        with open(self.log, 'wb') as log: self.process = subprocess.Popen(self.command, env=os.environ | self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         while True:
-            try: served(self.url); return self
+            try: served(self.url, key=self.key); return self
             except NoServer: pass
             if self.process.poll() is not None: raise ServeError(f'vLLM ended with {self.process.returncode} before it answered. The end of its log:\n{self.said()}')
             if time.monotonic() > until: raise ServeError(f'vLLM does not answer after {self.patience:g} seconds. The end of its log:\n{self.said()}')
@@ -92,13 +94,15 @@ def start(self:VLLM)->VLLM: # raises `ServeError`
 def stop(self:VLLM, grace=20.): # seconds until it is killed
     "End it, and whatever it started"
     if self.process is None: return
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try: os.killpg(self.process.pid, sign)
-        except ProcessLookupError: break
-        try: self.process.wait(grace)
-        except subprocess.TimeoutExpired: continue
-    self.process.wait()
-    self.process = None
+    try:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait(grace)
+    except (ProcessLookupError, subprocess.TimeoutExpired): pass   # gone, or to be killed
+    finally:   # at once if this is interrupted, too
+        try: os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError: pass   # nobody is left
+        self.process.wait()
+        self.process = None
 
 # %% ../nbs/41_serving.ipynb #4786bbee
 @patch
@@ -107,4 +111,4 @@ async def with_adapter(self:Server,
 )->Server:
     "The same server, answering with LoRA weights"
     await self.api.post('/load_lora_adapter', cast_to=str, body=dict(lora_name=name, lora_path=str(folder)))
-    return Server(self.url, name)
+    return Server(self.url, name, self.api.api_key)
