@@ -665,6 +665,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sage_paper/experiments.py'),
                                         'sage_paper.experiments.record_files': ( 'experiments.html#record_files',
                                                                                  'sage_paper/experiments.py'),
+                                        'sage_paper.experiments.remember': ('experiments.html#remember', 'sage_paper/experiments.py'),
                                         'sage_paper.experiments.remembered': ('experiments.html#remembered', 'sage_paper/experiments.py'),
                                         'sage_paper.experiments.state': ('experiments.html#state', 'sage_paper/experiments.py'),
                                         'sage_paper.experiments.title_and_question': ( 'experiments.html#title_and_question',

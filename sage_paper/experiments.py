@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'UNNAMED', 'Experiment', 'nearest', 'find_experiment', 'title_and_question', 'profiles', 'Run', 'kind',
-           'wanted_runs', 'code_digest', 'remembered', 'work_out', 'record_files', 'published_keys', 'State', 'state']
+           'wanted_runs', 'code_digest', 'remembered', 'remember', 'work_out', 'record_files', 'published_keys',
+           'State', 'state']
 
-# %% ../nbs/85_experiments.ipynb #14170e69
+# %% ../nbs/85_experiments.ipynb #9d54486e
 import difflib, hashlib, importlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import sage_paper
 from .assets import MODELS, cache_dir
 from .config import Profile, SettingsError, load_settings, read_ini
 
-# %% ../nbs/85_experiments.ipynb #4abf2a71
+# %% ../nbs/85_experiments.ipynb #9e2c0ccc
 @dataclass(frozen=True)
 class Experiment:
     "An experiment as the command line knows it"
@@ -39,7 +40,7 @@ CATALOGUE = {e.id: e for e in (
     Experiment('generalization', 'generalization', 'generalization_runs', ('generalization_specs',), 'generalization_tuning_specs'),
     Experiment('efficiency', 'efficiency', 'efficiency_runs', ('efficiency_specs',)))}
 
-# %% ../nbs/85_experiments.ipynb #069897c1
+# %% ../nbs/85_experiments.ipynb #2923c09c
 def nearest(
     name:str,
     names:dict, # what it may be compared with → what is proposed then
@@ -56,7 +57,7 @@ def find_experiment(
     names = {alias: e.id for e in CATALOGUE.values() for alias in (e.notebook, e.settings, e.id)}
     raise SettingsError(f'unknown experiment {name!r}{nearest(name, names)} There are {", ".join(CATALOGUE)}')
 
-# %% ../nbs/85_experiments.ipynb #135aca74
+# %% ../nbs/85_experiments.ipynb #fb9c5a4c
 def title_and_question(
     e:Experiment,
     root:Path, # the project's
@@ -66,12 +67,12 @@ def title_and_question(
     found = re.match(r'# (.+)\n\n> (.+)', ''.join(cells[0]['source']))
     return found.groups()
 
-# %% ../nbs/85_experiments.ipynb #b04c840e
+# %% ../nbs/85_experiments.ipynb #02087dec
 def profiles(root:Path)->list: # of str
     "The profiles of the settings file"
     return [name for name in read_ini(root/'settings.ini').sections() if '.' not in name]
 
-# %% ../nbs/85_experiments.ipynb #fb42758c
+# %% ../nbs/85_experiments.ipynb #24fc9639
 @dataclass(frozen=True)
 class Run:
     "A run that settings ask for"
@@ -88,7 +89,7 @@ def kind(
     "What a run has in common with those that differ in seeds and numbers alone"
     return ' '.join(v for k, v in sorted(spec.items()) if isinstance(v, str) and v and k not in UNNAMED)
 
-# %% ../nbs/85_experiments.ipynb #aa2b2047
+# %% ../nbs/85_experiments.ipynb #ebfcf2e7
 def wanted_runs(
     e:Experiment,
     s:Profile, # its settings
@@ -103,7 +104,7 @@ def wanted_runs(
     runs = [Run(folder, record_key(e.settings, version, x), x, needed) for folder, x, needed in specs]
     return [*{(r.folder, r.key): r for r in runs}.values()]
 
-# %% ../nbs/85_experiments.ipynb #d89f94c0
+# %% ../nbs/85_experiments.ipynb #dcd8b800
 def code_digest(
     root:Path, # the project's
 )->str:
@@ -125,21 +126,29 @@ def remembered(
     "What is known without any work"
     return {tuple(k.split('/')): {r: tuple(v) for r, v in runs.items()} for k, runs in _memory(root).items()}
 
-# %% ../nbs/85_experiments.ipynb #29bf8dcc
+# %% ../nbs/85_experiments.ipynb #91b21b93
+def remember(
+    e:Experiment, s:Profile, # of the settings file, without changes
+    runs, # of `Run`: all that they ask for
+    root:Path,
+)->dict: # 'folder/key' → (needed, kind)
+    "Keep the answer for the next list"
+    from sage_paper.records import canonical, write_atomically
+    own = {f'{r.folder}/{r.key}': (r.needed, kind(r.spec)) for r in runs}
+    if s.model in MODELS:   # a folder's weights may change and leave the settings as they are
+        answers = _memory(root) | {f'{e.id}/{s.profile}': own}
+        write_atomically(cache_dir()/'wanted.json', canonical(dict(digest=code_digest(root), answers=answers)))
+    return own
+
 def work_out(
     e:Experiment, profile:str,
     root:Path,
 )->dict: # 'folder/key' → (needed, kind)
-    "Which runs the profile's settings ask for, worked out and remembered; raises `SettingsError`"
-    from sage_paper.records import canonical, write_atomically
+    "Which runs the profile's settings ask for, listed anew and remembered; raises `SettingsError`"
     s = load_settings(e.settings, profile, root/'settings.ini')
-    runs = {f'{r.folder}/{r.key}': (r.needed, kind(r.spec)) for r in wanted_runs(e, s)}
-    if s.model in MODELS:   # a folder's weights may change and leave the settings as they are
-        answers = _memory(root) | {f'{e.id}/{profile}': runs}
-        write_atomically(cache_dir()/'wanted.json', canonical(dict(digest=code_digest(root), answers=answers)))
-    return runs
+    return remember(e, s, wanted_runs(e, s), root)
 
-# %% ../nbs/85_experiments.ipynb #e3e855e2
+# %% ../nbs/85_experiments.ipynb #ef5e430e
 def record_files(
     folder:Path,
 )->list: # of paths, by key
@@ -159,7 +168,7 @@ def published_keys(
     tuning = {p.stem for p in record_files(root/'runs'/e.folders[1]/profile)}
     return {f'{e.folders[k in tuning]}/{k}' for k in keys}
 
-# %% ../nbs/85_experiments.ipynb #b69f198c
+# %% ../nbs/85_experiments.ipynb #b0984f58
 @dataclass(frozen=True)
 class State:
     "What an experiment has under a profile"

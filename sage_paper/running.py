@@ -6,16 +6,16 @@
 __all__ = ['ENVIRONMENT', 'first_seeds', 'Plan', 'make_plan', 'lend', 'alive', 'stop', 'cells_done', 'follow', 'RunFailed',
            'Interrupted', 'Finished', 'complaint', 'run_plan']
 
-# %% ../nbs/88_running.ipynb #f6091f8a
+# %% ../nbs/88_running.ipynb #c9a6113b
 import contextlib, itertools, json, os, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .config import Profile, SettingsError, load_settings
 from .estimates import Took, note
-from .experiments import Experiment, Run, wanted_runs
+from .experiments import Experiment, Run, remember, wanted_runs
 from .inventory import read_ends
 
-# %% ../nbs/88_running.ipynb #4c0c6ef7
+# %% ../nbs/88_running.ipynb #0a6db2f4
 def first_seeds(
     s:Profile, n:int, # seeds, 1 or more
 )->tuple:
@@ -24,7 +24,7 @@ def first_seeds(
     more = (k for k in itertools.count() if k not in (*s.seeds, *s.tuning_seeds))
     return (*s.seeds, *itertools.islice(more, n))[:n]
 
-# %% ../nbs/88_running.ipynb #fa4bb3c7
+# %% ../nbs/88_running.ipynb #2ece4f98
 @dataclass(frozen=True)
 class Plan:
     "What starting an experiment will do"
@@ -58,7 +58,9 @@ def make_plan(
     s, changes = load_settings(e.settings, profile, root/'settings.ini'), {}
     if seeds is not None and (chosen := first_seeds(s, seeds)) != s.seeds: changes = dict(seeds=chosen)
     if changes: s = load_settings(e.settings, profile, root/'settings.ini', **changes)
-    needed = tuple(r for r in wanted_runs(e, s) if r.needed)
+    runs = wanted_runs(e, s)
+    if not changes: remember(e, s, runs, root)
+    needed = tuple(r for r in runs if r.needed)
     plan = Plan(e, profile, s, dict(profile=profile) | {k: list(v) for k, v in changes.items()}, needed, (), root)
     return replace(plan, missing=tuple(r for r in needed if not plan.record(r).exists() and not plan.record(r, profile).exists()))
 
@@ -69,7 +71,7 @@ def lend(plan:Plan)->int: # number of records
     for r in lent: write_atomically(plan.record(r), plan.record(r, plan.profile).read_text(encoding='utf-8'))
     return len(lent)
 
-# %% ../nbs/88_running.ipynb #2abfd870
+# %% ../nbs/88_running.ipynb #731423eb
 def alive(
     process, # `psutil.Process`
 )->bool:
@@ -84,8 +86,8 @@ def stop(
 ):
     "End a process with all that it has started"
     import psutil
-    try: family = [(top := psutil.Process(process.pid)), *top.children(recursive=True)]
-    except psutil.NoSuchProcess: return
+    if process.poll() is not None: return   # its number may be another one's by now
+    family = [(top := psutil.Process(process.pid)), *top.children(recursive=True)]
     groups = {os.getpgid(p.pid) for p in family if alive(p)} - {os.getpgid(0)}
     for sign in (signal.SIGINT, signal.SIGKILL):
         for g in groups:
@@ -94,7 +96,7 @@ def stop(
         while any(map(alive, family)) and time.monotonic() < until: time.sleep(0.05)
     process.wait()
 
-# %% ../nbs/88_running.ipynb #900de8f8
+# %% ../nbs/88_running.ipynb #27625b21
 def cells_done(
     path:Path, # of the notebook that papermill writes
 )->tuple: # (done, all)
@@ -123,7 +125,7 @@ def follow(
             bar.refresh()
     return runs
 
-# %% ../nbs/88_running.ipynb #949118b5
+# %% ../nbs/88_running.ipynb #58be3cf3
 class RunFailed(RuntimeError):
     "A notebook that ended with an error"
 
@@ -157,7 +159,7 @@ def _written(plan, since):
     files = [m.parent/name for m in manifests for name, x in sorted(json.loads(m.read_text()).items()) if x['notebook'] == plan.experiment.notebook]
     return tuple(f for f in files if f.stat().st_mtime >= since)
 
-# %% ../nbs/88_running.ipynb #4c5f1ed0
+# %% ../nbs/88_running.ipynb #7e383a89
 ENVIRONMENT = dict(SOURCE_DATE_EPOCH='1764547200', PYTHONHASHSEED='0')   # as the Makefile has it: figures are the same bytes every time
 
 @contextlib.contextmanager
