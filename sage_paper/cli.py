@@ -78,7 +78,7 @@ def score_command(a):
     if missing: print(f'{missing} of {len(samples)} samples have no prediction; they count as answered with nothing', file=sys.stderr)
     show_scores(scores_by_challenge(samples, outputs, a.challenge), a.format)
 
-# %% ../nbs/89_cli.ipynb #3ce0e9d2
+# %% ../nbs/89_cli.ipynb #1be1b05f
 def answers_of(
     lm, samples, # `LM`, and of `Sample`
     max_new_tokens:int, batch_size:int,
@@ -123,7 +123,7 @@ def serve_command(a):
         except KeyboardInterrupt: return
         print(f'sage-paper: vLLM ended by itself. The end of its log:\n{server.said()}', file=sys.stderr)
 
-# %% ../nbs/89_cli.ipynb #41a344b4
+# %% ../nbs/89_cli.ipynb #7a87e568
 def listing(
     root:Path, # the project's
     number=False, # whether to put a number in front of each
@@ -142,12 +142,12 @@ def listing(
     if open_: lines += ['', *textwrap.wrap(f'For {open_} of these it is not known which runs the settings ask for, or not since settings or code were changed. `sage-paper runs list` works it out, in a minute or so.', width)]
     return '\n'.join(lines)
 
-# %% ../nbs/89_cli.ipynb #2cac66f2
+# %% ../nbs/89_cli.ipynb #6c33e81b
 def list_command(a):
     "`sage-paper --list`"
     print(listing(find_root()))
 
-# %% ../nbs/89_cli.ipynb #cb529b34
+# %% ../nbs/89_cli.ipynb #b4d5fa3d
 def announce(
     plan:Plan,
 )->str:
@@ -160,7 +160,7 @@ def announce(
     return '\n'.join([f'{e.id}, profile {plan.profile}, seeds {" ".join(map(str, plan.settings.seeds))}', f'  {st}; {time}',
                       f'  runs nbs/{e.notebook}.ipynb and writes {plan.output.relative_to(plan.root)} and {into}'])
 
-# %% ../nbs/89_cli.ipynb #9f3579bd
+# %% ../nbs/89_cli.ipynb #da5c7106
 def terminal()->bool:
     "Whether someone sits in front of this who can be asked"
     return sys.stdin.isatty() and sys.stdout.isatty()
@@ -197,7 +197,7 @@ def known_profile(
     if name not in names: raise SettingsError(f'unknown profile {name!r}{nearest(name, dict(zip(names, names)))} There are {", ".join(names)}')
     return name
 
-# %% ../nbs/89_cli.ipynb #0e4449c6
+# %% ../nbs/89_cli.ipynb #1142eef7
 def choose(
     question:str,
     understand, # text → value; raises `SettingsError`
@@ -228,7 +228,7 @@ def menu_command(a):
     print('Working out which runs there are …', flush=True)
     start(make_plan(e, profile, root), yes=False)
 
-# %% ../nbs/89_cli.ipynb #db469b8e
+# %% ../nbs/89_cli.ipynb #76d07ce0
 def list_runs_command(a):
     "`sage-paper runs list`"
     from tqdm import tqdm
@@ -285,7 +285,7 @@ def _metrics(commands):
     v.add_argument('--adapters', action='store_true', help='take in LoRA weights while it runs')
     v.set_defaults(run=serve_command)
 
-# %% ../nbs/89_cli.ipynb #192b766e
+# %% ../nbs/89_cli.ipynb #7f1c1984
 def _runs(commands):
     "The commands for records"
     r = commands.add_parser('runs', help='List, show, compare and prune the records of runs.', description='The records below runs/. A key may be shortened as long as it fits one record alone.')

@@ -6,7 +6,7 @@
 __all__ = ['ENVIRONMENT', 'first_seeds', 'Plan', 'make_plan', 'lend', 'alive', 'stop', 'cells_done', 'follow', 'RunFailed',
            'Interrupted', 'Finished', 'complaint', 'run_plan']
 
-# %% ../nbs/88_running.ipynb #c9a6113b
+# %% ../nbs/88_running.ipynb #1bf11ebf
 import contextlib, itertools, json, os, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from .estimates import Took, note
 from .experiments import Experiment, Run, remember, wanted_runs
 from .inventory import read_ends
 
-# %% ../nbs/88_running.ipynb #0a6db2f4
+# %% ../nbs/88_running.ipynb #f8f61e2a
 def first_seeds(
     s:Profile, n:int, # seeds, 1 or more
 )->tuple:
@@ -24,7 +24,7 @@ def first_seeds(
     more = (k for k in itertools.count() if k not in (*s.seeds, *s.tuning_seeds))
     return (*s.seeds, *itertools.islice(more, n))[:n]
 
-# %% ../nbs/88_running.ipynb #2ece4f98
+# %% ../nbs/88_running.ipynb #bbe162c6
 @dataclass(frozen=True)
 class Plan:
     "What starting an experiment will do"
@@ -71,7 +71,7 @@ def lend(plan:Plan)->int: # number of records
     for r in lent: write_atomically(plan.record(r), plan.record(r, plan.profile).read_text(encoding='utf-8'))
     return len(lent)
 
-# %% ../nbs/88_running.ipynb #731423eb
+# %% ../nbs/88_running.ipynb #c93be8cc
 def alive(
     process, # `psutil.Process`
 )->bool:
@@ -96,7 +96,7 @@ def stop(
         while any(map(alive, family)) and time.monotonic() < until: time.sleep(0.05)
     process.wait()
 
-# %% ../nbs/88_running.ipynb #27625b21
+# %% ../nbs/88_running.ipynb #636fede0
 def cells_done(
     path:Path, # of the notebook that papermill writes
 )->tuple: # (done, all)
@@ -125,7 +125,7 @@ def follow(
             bar.refresh()
     return runs
 
-# %% ../nbs/88_running.ipynb #58be3cf3
+# %% ../nbs/88_running.ipynb #fc39e9d2
 class RunFailed(RuntimeError):
     "A notebook that ended with an error"
 
@@ -159,7 +159,7 @@ def _written(plan, since):
     files = [m.parent/name for m in manifests for name, x in sorted(json.loads(m.read_text()).items()) if x['notebook'] == plan.experiment.notebook]
     return tuple(f for f in files if f.stat().st_mtime >= since)
 
-# %% ../nbs/88_running.ipynb #7e383a89
+# %% ../nbs/88_running.ipynb #6d58de9d
 ENVIRONMENT = dict(SOURCE_DATE_EPOCH='1764547200', PYTHONHASHSEED='0')   # as the Makefile has it: figures are the same bytes every time
 
 @contextlib.contextmanager
