@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Took', 'measured', 'note', 'noted', 'recorded_seconds', 'in_words', 'Estimate', 'estimate']
 
-# %% ../nbs/87_estimates.ipynb #1475d11d
+# %% ../nbs/87_estimates.ipynb #37d4fd13
 import csv, json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from .config import load_settings
 from .experiments import Experiment, State, record_files
 from .inventory import read_ends
 
-# %% ../nbs/87_estimates.ipynb #26511846
+# %% ../nbs/87_estimates.ipynb #33e3a551
 @dataclass(frozen=True)
 class Took:
     "How long an experiment's notebook took"
@@ -32,7 +32,7 @@ def measured()->list: # of `Took`
     with open(Path(sage_paper.__file__).with_name('durations.tsv'), newline='') as f:
         return [Took(r['experiment'], r['profile'], int(r['made']), float(r['runs']), float(r['rest']), r['device']) for r in csv.DictReader(f, delimiter='\t')]
 
-# %% ../nbs/87_estimates.ipynb #00b59265
+# %% ../nbs/87_estimates.ipynb #a80307db
 def note(
     t:Took,
 ):
@@ -46,7 +46,7 @@ def noted()->list: # of `Took`, the newest last
     path = cache_dir()/'durations.jsonl'
     return [Took(**json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
 
-# %% ../nbs/87_estimates.ipynb #5a51efaf
+# %% ../nbs/87_estimates.ipynb #f94b7812
 def recorded_seconds(
     folders, # of records
     asked:dict, # 'folder/key' → (needed, kind), as from `remembered`
@@ -64,7 +64,7 @@ def recorded_seconds(
     other = sum(map(sum, by.values()))/sum(devices.values())
     return sum(mean.get(asked.get(m, (True, None))[1], other) for m in missing)/min(jobs, len(missing)), devices.most_common(1)[0][0]
 
-# %% ../nbs/87_estimates.ipynb #3a4b1e11
+# %% ../nbs/87_estimates.ipynb #cb23bd4f
 def in_words(
     seconds:float,
 )->str:
@@ -73,7 +73,7 @@ def in_words(
     if seconds < 5400: return f'{seconds/60:.0f} min'
     return f'{seconds/3600:.1f} h' if seconds < 36000 else f'{seconds/3600:.0f} h'
 
-# %% ../nbs/87_estimates.ipynb #4a680588
+# %% ../nbs/87_estimates.ipynb #3110e2ed
 @dataclass(frozen=True)
 class Estimate:
     "What starting an experiment means"
@@ -89,7 +89,7 @@ class Estimate:
         if self.missing: return f'{self.missing} run{"s"*(self.missing > 1)} to make, {time}'
         return f'nothing to run; to draw: {time}' if self.sure else f'to draw: {time}, if settings and code are those of the tables'
 
-# %% ../nbs/87_estimates.ipynb #ad833ad9
+# %% ../nbs/87_estimates.ipynb #613f1474
 def _per_run(took):
     "Mean seconds of a run, the newest measurements only; None without any"
     made = [t for t in took if t.made][-3:]
