@@ -87,6 +87,7 @@ def main():
     most = [('papermill nbs/exp_streaming.ipynb, from scratch', took, 360, 's'), ('its peak memory', memory, 6, 'GiB'),
             ('make paper, after set-up', seconds('make', 'paper'), 180, 's'),
             ('import sage_paper', seconds(sys.executable, '-c', 'import sage_paper', repeat=5) - bare, 0.5, 's'),
+            ('sage-paper --list', seconds('sage-paper', '--list', repeat=5), 1, 's'),
             ('1,200 tools and 20,000 queries of SageWorld', generated, 10, 's'),
             ('sage-paper score, 100,000 predictions', scored, 60, 's'), ('its peak memory', scoring_memory, 1, 'GiB'),
             ('make test', seconds('make', 'test'), 720, 's')]
