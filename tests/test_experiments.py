@@ -1,5 +1,5 @@
 "The one entry: what it knows of each experiment, what it starts, what it leaves behind when stopped, and what it does with records"
-import fcntl, importlib, json, os, pty, re, select, shutil, struct, subprocess, sys, termios, time
+import fcntl, importlib, json, os, pty, re, select, shutil, signal, struct, subprocess, sys, termios, time
 
 import nbformat, psutil, pytest
 
@@ -91,6 +91,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if not self.pid:
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))   # rows and columns, or the bar has no room
+            signal.signal(signal.SIGINT, signal.SIG_DFL)   # which whoever runs the tests in the background ignores
             os.chdir(ROOT)
             os.execve(sys.executable, [*COMMAND, *argv], os.environ | dict(COLUMNS='100', TERM='dumb') | env)
         self.text = ''
@@ -109,9 +110,15 @@ class Terminal:
     def say(self, text): os.write(self.fd, text.encode())
 
     def code(self):
-        "The exit code, after all that is still shown"
+        "The exit code, after all that is still shown; what does not end is killed"
         self.read()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        for _ in range(100):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid: return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f'does not end after:\n{self.text}')
 
 
 # ---- The list
