@@ -170,7 +170,7 @@ def test_other_text_is_not_unpacked(text):
     assert unpack(pack(value)) == value
 
 
-NAMES = 'id', 'cluster', 'tool', 'part'   # of what was asked
+NAMES = 'id', 'cluster', 'tool', 'part', 'category'   # of what was asked
 
 
 def blocks_of(result):
