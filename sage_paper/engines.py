@@ -63,8 +63,8 @@ def on_joblib(
     jobs:int, # processes at a time; with one, all is done in this process, and it has no other to lose
 ): # yields (name, value or `Lost`)
     "Make all of it on this machine"
-    from concurrent.futures.process import BrokenProcessPool
     if jobs == 1: return (yield from ((name, f(x)) for name, x in work))
+    from concurrent.futures.process import BrokenProcessPool
     left, losses = dict(work), Counter()
     with tempfile.TemporaryDirectory() as notes:
         while left:
