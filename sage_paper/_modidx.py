@@ -608,6 +608,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_paper.engines.Lost.__str__': ('engines.html#lost.__str__', 'sage_paper/engines.py'),
                                     'sage_paper.engines._noted': ('engines.html#_noted', 'sage_paper/engines.py'),
                                     'sage_paper.engines._side_by_side': ('engines.html#_side_by_side', 'sage_paper/engines.py'),
+                                    'sage_paper.engines.check_address': ('engines.html#check_address', 'sage_paper/engines.py'),
                                     'sage_paper.engines.engine_name': ('engines.html#engine_name', 'sage_paper/engines.py'),
                                     'sage_paper.engines.find_ray': ('engines.html#find_ray', 'sage_paper/engines.py'),
                                     'sage_paper.engines.free_gpu_memory': ('engines.html#free_gpu_memory', 'sage_paper/engines.py'),

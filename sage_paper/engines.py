@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'RETRIES', 'IN_FLIGHT', 'engine_name', 'Lost', 'free_gpu_memory', 'jobs_that_fit', 'on_joblib',
-           'EngineError', 'find_ray', 'ray_cluster', 'gpu_share', 'on_ray']
+           'EngineError', 'find_ray', 'check_address', 'ray_cluster', 'gpu_share', 'on_ray']
 
 # %% ../nbs/59_engines.ipynb #6a41ca98
-import contextlib, itertools, os, tempfile
+import contextlib, itertools, os, socket, tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,16 @@ def find_ray():
     except ImportError as e: raise EngineError("Ray is not installed: pip install -c constraints.txt -e '.[ray]'") from e
     return ray
 
+def check_address(
+    address:str, # host:port, with or without ray://; '' and 'auto' stand for a cluster on this machine
+):
+    "Make sure that somebody listens, since Ray itself waits for minutes; raises `EngineError`"
+    if address in ('', 'auto'): return
+    host, _, port = address.removeprefix('ray://').rpartition(':')
+    try: socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as e: raise EngineError(f'no Ray cluster answers at RAY_ADDRESS = {address!r} ({e})') from e
+
+# %% ../nbs/59_engines.ipynb #d13b39c4
 @contextlib.contextmanager
 def ray_cluster(
     variables:dict, # of the environment of all processes
@@ -99,8 +109,9 @@ def ray_cluster(
     "Within it, a connection to the cluster; raises `EngineError`. Who is connected already stays so"
     ray, here = find_ray(), str(Path(__file__).parent)
     if ray.is_initialized(): return (yield ray)
+    check_address(os.environ.get('RAY_ADDRESS', ''))
     try: ray.init('auto', log_to_driver=False, logging_level='error', runtime_env=dict(py_modules=[here], env_vars=variables))
-    except ConnectionError as e: raise EngineError(f'no Ray cluster answers at RAY_ADDRESS = {os.environ.get("RAY_ADDRESS", "")!r}: start one with `ray start --head`') from e
+    except ConnectionError as e: raise EngineError('no Ray cluster answers on this machine: start one with `ray start --head`, or name another in RAY_ADDRESS') from e
     try: yield ray
     finally: ray.shutdown()
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 from sage_paper.engines import RETRIES, Lost, on_joblib
 from sage_paper.records import RecordError, read_record, record_key, sweep
 from sage_paper.running import alive
+from test_experiments import SETTINGS, notebook, project, sage
 
 HEAD = '''
 import json, os, sys, time
@@ -141,8 +142,8 @@ class Node:
         self.process.wait()
 
 
-@pytest.fixture
-def cluster(tmp_path_factory):
+@pytest.fixture(scope='module')
+def cluster():
     "Its nodes, and the environment of those who use it"
     folder = Path(f'/tmp/sage-ray-{os.getpid()}')   # short, since sockets lie in it
     port = 20000 + os.getpid() % 10000
@@ -155,6 +156,37 @@ def cluster(tmp_path_factory):
     finally:
         for n in reversed(nodes): n.end()
         subprocess.run(['rm', '-rf', str(folder)], check=True)
+
+
+CELL = """import time
+from pathlib import Path
+import sage_paper.records
+from sage_paper.streaming_runs import STREAMING_VERSION, streaming_specs
+def run(spec):
+    import sage_paper.records
+    sage_paper.records.environment = lambda: dict(device='CPU')   # without loading PyTorch
+    return dict(curve=[dict(accuracy=0.5)], of=sage_paper.__file__)
+records = sage_paper.records.experiment_records(run, 'streaming', STREAMING_VERSION, streaming_specs(settings), settings)"""
+
+
+@needs_ray
+def test_an_experiment_is_run_on_a_cluster_by_the_code_that_asked(cluster, project):
+    notebook(project, SETTINGS, CELL)
+    out = sage('--experiment', 'streaming_comparison', '--yes', '--engine', 'ray', RAY_ADDRESS=cluster[1]['RAY_ADDRESS'])
+    assert out.returncode == 0 and 'on a Ray cluster' in out.stdout, out
+    found = [read_record(p) for p in (project/'runs/streaming/smoke').glob('*.json')]
+    assert len(found) == 4 and all('py_modules' in r['result']['of'] for r in found)   # sent along
+    assert sage('--experiment', 'streaming_comparison', '--yes').returncode == 0   # all there for the other engine
+
+
+@needs_ray
+def test_who_is_interrupted_leaves_no_run_behind(cluster, tmp_path):
+    p = start('make(range(4))', tmp_path, 600, **cluster[1])
+    begun = wait_for(lambda: lines(tmp_path/'begun'))
+    p.send_signal(signal.SIGINT)
+    assert 'KeyboardInterrupt' in p.communicate(timeout=120)[1] and p.returncode
+    wait_for(lambda: not any(psutil.pid_exists(int(pid)) and alive(psutil.Process(int(pid))) for _, pid, _ in begun))
+    assert not records(tmp_path) and not notes(tmp_path)
 
 
 @needs_ray
@@ -194,7 +226,7 @@ def test_a_cluster_makes_the_same_records_and_loses_none_with_a_machine(cluster,
 
 
 @needs_ray
-def test_a_cluster_that_is_not_there_is_named(tmp_path):
-    env = dict(SAGE_ENGINE='ray', RAY_TMPDIR=str(tmp_path), RAY_ADDRESS='')
-    out = ended(start("from sage_paper.engines import EngineError\ntry: make([1])\nexcept EngineError as e: print(e)", tmp_path, **env))
-    assert out.startswith('no Ray cluster answers') and not lines(tmp_path/'begun')
+@pytest.mark.parametrize('address', ['127.0.0.1:1', 'nowhere'])
+def test_a_cluster_that_is_not_there_is_named(tmp_path, address):
+    code = "from sage_paper.engines import EngineError\ntry: make([1])\nexcept EngineError as e: print(e)"
+    assert ended(start(code, tmp_path, SAGE_ENGINE='ray', RAY_ADDRESS=address)).startswith(f'no Ray cluster answers at RAY_ADDRESS = {address!r}') and not lines(tmp_path/'begun')
