@@ -197,7 +197,7 @@ def test_seeds_reach_the_notebook_and_no_run_is_made_twice(project):
 
 @pytest.mark.parametrize('argv,env,engine', [([], '', 'joblib'), (['--engine', 'joblib'], 'ray', 'joblib')], ids=['by itself', 'as asked for'])
 def test_the_engine_reaches_the_notebook(project, argv, env, engine):
-    notebook(project, "import os\nfrom pathlib import Path\nPath(os.environ['SAGE_ROOT'], 'engine').write_text(os.environ['SAGE_ENGINE'])")
+    notebook(project, SETTINGS, RUNS, "Path(os.environ['SAGE_ROOT'], 'engine').write_text(os.environ['SAGE_ENGINE'])")
     out = sage('--experiment', 'streaming_comparison', '--yes', *argv, SAGE_ENGINE=env)
     assert out.returncode == 0 and (project/'engine').read_text() == engine, out
 
