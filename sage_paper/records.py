@@ -225,10 +225,10 @@ def _free(todo, folder, held):
 def _on_cluster(run, experiment, version, todo, folder, jobs):
     "Make runs on a cluster. Yields (key, what went wrong)"
     from filelock import FileLock
-    todo, held = dict(todo), {}
+    todo, held, alike = dict(todo), {}, dict(SAGE_REVISION=revision(), PYTHONHASHSEED=os.environ.get('PYTHONHASHSEED', 'random'))
     while todo:
         try:
-            for key, end in on_ray(partial(_end, run), _free(todo, folder, held), jobs, dict(SAGE_REVISION=revision())):
+            for key, end in on_ray(partial(_end, run), _free(todo, folder, held), jobs, alike):
                 if isinstance(end, Lost): end = failure(end)
                 try: keep(end, experiment, version, todo.pop(key), folder)
                 except OSError as e: end = failure(e)
