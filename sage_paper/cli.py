@@ -13,6 +13,7 @@ import argparse, json, os, shutil, sys, textwrap
 from pathlib import Path
 from .assets import AssetError
 from .config import SettingsError, find_root
+from .engines import ENGINES, engine_name, find_ray
 from .estimates import estimate, in_words, measured, noted
 from .experiments import CATALOGUE, State, find_experiment, kind, nearest, profiles, remembered, state, title_and_question, work_out
 from .inventory import commit_dates, compare, entries, find_record, prunable, prune, record_folders, show, table
@@ -159,7 +160,8 @@ def announce(
     st = State(len(plan.needed) - len(plan.missing), len(plan.needed), tuple(f'{r.folder}/{r.key}' for r in plan.missing))
     e, time = plan.experiment, estimate(plan.experiment, plan.profile, plan.root, st, asked, noted(), measured())
     into = 'the figures and tables of the paper' if plan.settings.profile == PUBLISHED else f'figures and tables below build/{plan.settings.profile}'
-    return '\n'.join([f'{e.id}, profile {plan.profile}, seeds {" ".join(map(str, plan.settings.seeds))}', f'  {st}; {time}',
+    where = ', on a Ray cluster'*(plan.engine == 'ray')
+    return '\n'.join([f'{e.id}, profile {plan.profile}, seeds {" ".join(map(str, plan.settings.seeds))}{where}', f'  {st}; {time}',
                       f'  runs nbs/{e.notebook}.ipynb and writes {plan.output.relative_to(plan.root)} and {into}'])
 
 # %% ../nbs/89_cli.ipynb #da5c7106
@@ -188,8 +190,9 @@ def experiment_command(a):
     "`sage-paper --experiment`"
     e, root = find_experiment(a.experiment), find_root()
     known_profile(a.profile, root)
+    if (a.engine or engine_name()) == 'ray': find_ray()   # or say at once that it is not there
     if not a.yes and not terminal(): raise SettingsError('nobody can be asked here whether to start: add --yes, or look with --list')
-    start(make_plan(e, a.profile, root, a.seeds), a.yes)
+    start(make_plan(e, a.profile, root, a.seeds, a.engine), a.yes)
 
 def known_profile(
     name:str, root:Path,
@@ -317,6 +320,7 @@ def _parser():
     p.add_argument('--experiment', metavar='ID', help=', '.join(CATALOGUE))
     p.add_argument('--profile', metavar='P', default='smoke', help='which settings (default: smoke, which takes minutes on a CPU)')
     p.add_argument('--seeds', type=int, metavar='N', help='the first N seeds of the profile, and the next numbers where it has fewer')
+    p.add_argument('--engine', choices=ENGINES, help='what makes the runs: joblib on this machine, or the Ray cluster at RAY_ADDRESS (default: SAGE_ENGINE, else joblib)')
     p.add_argument('--yes', action='store_true', help='start without asking')
     p.set_defaults(run=None)
     commands = p.add_subparsers(metavar='COMMAND')

@@ -17,6 +17,7 @@ from .assets import cache_dir, model_digest
 from .calls import Sample, parse_calls
 from .challenge_parts import Part, load_part, load_parts
 from .challenge_runs import challenge_spec
+from .checkpoints import checkpoint_dir
 from .config import Reinforcement, load_settings
 from .continual_runs import read_choice
 from .datasets import load_dataset
@@ -181,7 +182,7 @@ def run_rl(
     world = make_world(ground.tools.values())
     asked, learner = Questions(s, lm, ground, world, executors), make_learner(s, lm, ground, world, executors)
     rounds = 0 if s.method == 'start' else s.rounds
-    done = practise(learner, rounds, asked.on_the_way, s.n_evaluations, cache_dir()/'rl'/f'{record_key("rl", RL_VERSION, spec)}-{lm.device.type}.pt', pause, s.seed)
+    done = practise(learner, rounds, asked.on_the_way, s.n_evaluations, checkpoint_dir()/f'{record_key("rl", RL_VERSION, spec)}-{lm.device.type}.safetensors', pause, s.seed)
     return dict({k: list(map(_finite, rows)) for k, rows in done.items()}, first=first, end=asked.at_the_end())
 
 # %% ../nbs/72_rl_runs.ipynb #492c5216

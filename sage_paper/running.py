@@ -11,6 +11,7 @@ import contextlib, itertools, json, os, signal, subprocess, sys, tempfile, threa
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .config import Profile, SettingsError, load_settings
+from .engines import ENGINES, engine_name
 from .estimates import Took, note
 from .experiments import Experiment, Run, remember, wanted_runs
 from .inventory import read_ends
@@ -35,6 +36,7 @@ class Plan:
     needed: tuple[Run, ...]
     missing: tuple[Run, ...]   # those of them that have no record anywhere
     root: Path             # the project's
+    engine: str = ENGINES[0]   # that makes the runs
 
     @property
     def output(self): # where the notebook is written
@@ -44,7 +46,7 @@ class Plan:
 
     @property
     def command(self): # that does the same
-        return f'sage-paper --experiment {self.experiment.id} --profile {self.profile}' + (f' --seeds {len(self.settings.seeds)}' if 'seeds' in self.parameters else '') + ' --yes'
+        return f'sage-paper --experiment {self.experiment.id} --profile {self.profile}' + (f' --seeds {len(self.settings.seeds)}' if 'seeds' in self.parameters else '') + f' --engine {self.engine}'*(self.engine != ENGINES[0]) + ' --yes'
 
     def record(self, run:Run, profile=None): # where a run's record is, or will be
         return self.root/'runs'/run.folder/(profile or self.settings.profile)/f'{run.key}.json'
@@ -53,6 +55,7 @@ def make_plan(
     e:Experiment, profile:str,
     root:Path,
     seeds=None, # how many, if not those of the profile
+    engine=None, # one of `ENGINES`; that of the environment, if not given
 )->Plan:
     "Work out what there is to do; raises `SettingsError`"
     s, changes = load_settings(e.settings, profile, root/'settings.ini'), {}
@@ -61,7 +64,7 @@ def make_plan(
     runs = wanted_runs(e, s)
     if not changes: remember(e, s, runs, root)
     needed = tuple(r for r in runs if r.needed)
-    plan = Plan(e, profile, s, dict(profile=profile) | {k: list(v) for k, v in changes.items()}, needed, (), root)
+    plan = Plan(e, profile, s, dict(profile=profile) | {k: list(v) for k, v in changes.items()}, needed, (), root, engine or engine_name())
     return replace(plan, missing=tuple(r for r in needed if not plan.record(r).exists() and not plan.record(r, profile).exists()))
 
 def lend(plan:Plan)->int: # number of records
@@ -151,13 +154,19 @@ def complaint(
     lines = f'{o["ename"]}: {o["evalue"]}'.splitlines()
     return '\n'.join([f'code cell {k + 1}: {lines[0]}', *lines[1:5], *['…']*(len(lines) > 5)])
 
-def _written(plan, since):
-    "Figures and tables that the notebook has written"
+def _stamps(plan):
+    "Figures and tables that there are, and when each was written, by whatever clock"
     from sage_paper.report import Artefacts
     base = Artefacts(plan.settings.profile, plan.root).base
+    return {p: (p.stat().st_mtime_ns, p.stat().st_ino) for kind in ('figures', 'tables') for p in (base/kind).glob('*') if p.is_file()}
+
+def _written(plan, before):
+    "Figures and tables that the notebook has written"
+    from sage_paper.report import Artefacts
+    base, now = Artefacts(plan.settings.profile, plan.root).base, _stamps(plan)
     manifests = [m for m in (base/'figures/manifest.json', base/'tables/manifest.json') if m.exists()]
     files = [m.parent/name for m in manifests for name, x in sorted(json.loads(m.read_text()).items()) if x['notebook'] == plan.experiment.notebook]
-    return tuple(f for f in files if f.stat().st_mtime >= since)
+    return tuple(f for f in files if now[f] != before.get(f))
 
 # %% ../nbs/88_running.ipynb #04c831d3
 @contextlib.contextmanager
@@ -180,11 +189,11 @@ def run_plan(
     lend(plan)
     plan.output.parent.mkdir(parents=True, exist_ok=True)
     plan.output.unlink(missing_ok=True)
-    start, since = time.monotonic(), time.time() - 2   # file systems round
+    start, before = time.monotonic(), _stamps(plan)
     command = [sys.executable, '-m', 'papermill', '--log-level', 'ERROR', '--no-progress-bar', '--cwd', str(plan.root),
                str(plan.root/'nbs'/f'{plan.experiment.notebook}.ipynb'), str(plan.output), '-y', json.dumps(plan.parameters)]
     with tempfile.TemporaryFile('w+') as log, interruptible():
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT | os.environ, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT | os.environ | dict(SAGE_ENGINE=plan.engine), start_new_session=True)
         try: runs = follow(process, plan)
         except KeyboardInterrupt:
             stop(process)
@@ -194,6 +203,7 @@ def run_plan(
         log.seek(0)
         if process.returncode: raise RunFailed(f'{complaint(plan.output, log.read())}\nThe notebook up to there: {plan.output}')
     took = time.monotonic() - start
+    if plan.engine != ENGINES[0]: return Finished(plan.output, _written(plan, before), took)   # a cluster's time says nothing of this machine's
     device = read_ends(plan.record(plan.missing[0]))['environment']['device'] if plan.missing else f'{os.cpu_count()} CPU cores'
     note(Took(plan.experiment.id, plan.profile, len(plan.missing), round(runs, 1), round(took - runs, 1), device))
-    return Finished(plan.output, _written(plan, since), took)
+    return Finished(plan.output, _written(plan, before), took)

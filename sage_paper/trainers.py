@@ -378,17 +378,24 @@ def train_stream(
         for c in curves: c.close(trainer, n)
 
 # %% ../nbs/25_trainers.ipynb #49cfca19
+def _whole(path):
+    "Whether a file of weights is there, and has its full length"
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt'): return True
+    except (FileNotFoundError, SafetensorError): return False
+
 def weights_once(
     lm:LM,
     path:Path, # of the kept weights; made if it is not there
     make,      # called without arguments; leaves in the model the weights to keep
 )->str: # 16 hex digits, of the file
-    "Lay weights into the model that are made once"
+    "Lay weights into the model that are made once, and once more where their file was damaged"
     from filelock import FileLock
     from safetensors.torch import load_model, save_model
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{path}.lock'):
-        if not path.exists():
+        if not _whole(path):
             make()
             save_model(lm.model, str(tmp := path.with_suffix('.tmp')))
             os.replace(tmp, path)

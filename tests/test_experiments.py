@@ -202,6 +202,22 @@ def test_seeds_reach_the_notebook_and_no_run_is_made_twice(project):
     assert len(record_files(project/'runs/streaming/smoke-custom')) == 12 and len(record_files(project/'runs/streaming/smoke')) == 4
 
 
+@pytest.mark.parametrize('argv,env,engine', [([], '', 'joblib'), (['--engine', 'joblib'], 'ray', 'joblib')], ids=['by itself', 'as asked for'])
+def test_the_engine_reaches_the_notebook(project, argv, env, engine):
+    notebook(project, SETTINGS, RUNS, "Path(os.environ['SAGE_ROOT'], 'engine').write_text(os.environ['SAGE_ENGINE'])")
+    out = sage('--experiment', 'streaming_comparison', '--yes', *argv, SAGE_ENGINE=env)
+    assert out.returncode == 0 and (project/'engine').read_text() == engine, out
+
+
+def test_an_engine_that_is_not_installed_or_not_known_ends_with_2(project):
+    (project/'ray.py').write_text('raise ImportError')
+    out = sage('--experiment', 'streaming_comparison', '--yes', '--engine', 'ray', PYTHONPATH=f'{project}:{ROOT}')
+    assert out.returncode == 2 and "pip install -c constraints.txt -e '.[ray]'" in out.stderr and 'Traceback' not in out.stderr and not made(project), out
+    out = sage('--experiment', 'streaming_comparison', '--yes', SAGE_ENGINE='slurm')
+    assert out.returncode == 2 and "'slurm': known are joblib, ray" in out.stderr and not made(project), out
+    assert sage('--experiment', 'streaming_comparison', '--yes', '--engine', 'slurm').returncode == 2
+
+
 def test_a_failure_is_told_in_short_and_ends_with_1(project):
     notebook(project, SETTINGS, "raise ValueError('one\\ntwo')")
     out = sage('--experiment', 'streaming_comparison', '--yes')
