@@ -192,7 +192,7 @@ def experiment_command(a):
     known_profile(a.profile, root)
     if (a.engine or engine_name()) == 'ray': find_ray()   # or say at once that it is not there
     if not a.yes and not terminal(): raise SettingsError('nobody can be asked here whether to start: add --yes, or look with --list')
-    start(make_plan(e, a.profile, root, a.seeds, a.engine), a.yes)
+    start(make_plan(e, a.profile, root, a.seeds, a.config, a.engine), a.yes)
 
 def known_profile(
     name:str, root:Path,
@@ -319,6 +319,7 @@ def _parser():
     p.add_argument('--list', action='store_true', help='every experiment: what it asks, its records, how long it takes')
     p.add_argument('--experiment', metavar='ID', help=', '.join(CATALOGUE))
     p.add_argument('--profile', metavar='P', default='smoke', help='which settings (default: smoke, which takes minutes on a CPU)')
+    p.add_argument('--config', type=Path, metavar='FILE', help='YAML that changes settings of the profile for this experiment, such as "seeds: [0, 1]"')
     p.add_argument('--seeds', type=int, metavar='N', help='the first N seeds of the profile, and the next numbers where it has fewer')
     p.add_argument('--engine', choices=ENGINES, help='what makes the runs: joblib on this machine, or the Ray cluster at RAY_ADDRESS (default: SAGE_ENGINE, else joblib)')
     p.add_argument('--yes', action='store_true', help='start without asking')
@@ -331,6 +332,7 @@ def _parser():
 # %% ../nbs/89_cli.ipynb #8a6e69d8
 def _chosen(parser, a):
     "The command that the options before it stand for; ends the program where they stand for none"
+    if a.config and not a.experiment: parser.error('--config changes the settings of one experiment: name it with --experiment')
     if a.run: return a.run
     if a.list: return list_command
     if a.experiment: return experiment_command

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SettingsError', 'find_root', 'Profile', 'in_range', 'Streaming', 'Challenges', 'Efficiency', 'Coreset',
-           'Arrivals', 'Continual', 'Reinforcement', 'Generalization', 'accepted', 'convert', 'typed', 'read_ini',
-           'load_settings', 'notebook_parameters', 'notebook_settings']
+           'Arrivals', 'Continual', 'Reinforcement', 'Generalization', 'FullTraining', 'accepted', 'convert', 'typed',
+           'read_ini', 'load_settings', 'notebook_parameters', 'notebook_settings', 'read_changes']
 
 # %% ../nbs/00_config.ipynb #e45e1cd1
 import configparser, dataclasses, difflib, os, typing
@@ -326,9 +326,55 @@ class Generalization(Profile):
         in_range(self, ('gold_share', 'warmup'), lambda x: 0 <= x <= 1, 'from 0 to 1')
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
 
+# %% ../nbs/00_config.ipynb #52fa89c9
+@dataclass(frozen=True)
+class FullTraining(Profile):
+    "Settings of `exp_full_training`"
+    timing: tuple[str, ...]       # data sets of each challenge, as for `Challenges`
+    planning: tuple[str, ...]
+    selection: tuple[str, ...]
+    variants: tuple[Literal['full', 'no_ssis', 'no_uncertainty', 'no_distance', 'no_risk', 'no_priority', 'no_weights', 'no_adaptive', 'no_rl', 'batch'], ...] # rows of the table
+    n_tools: int                  # tools of SageWorld
+    train_per_set: int            # most training queries a data set
+    test_per_set: int             # most held-out queries a data set
+    passes: float                 # tokens trained on in all, in multiples of those that arrive
+    rl_part: float                # of these tokens, those of the stage in which the model learns from its own successes
+    batch_size: int               # samples a step
+    lr_stream: float
+    lr_batch: float               # of training in batches
+    lr_rl: float                  # of learning from successes
+    warmup: float                 # part of a stage over which the learning rate rises
+    cooldown: float               # part of the stream over which it falls
+    buffer_size: int              # samples the memory holds
+    remembered: float             # part of the stream that is worth remembering
+    ssis: tuple[float, ...]       # the weights alpha, beta, gamma of uncertainty, distance, forgetting risk
+    sharpness: float              # exponent on the importance in what is remembered
+    priority_exponent: float      # on the importance in what stays and what is replayed
+    gain: float                   # how much more a nat of forgetting counts than a nat of drift
+    swing: float                  # how far a step's part from memory may be from the even pace
+    practice: tuple[int, ...]     # SageWorld's queries to practise on: timing, planning, selection
+    rounds: int                   # of practice
+    n_queries: int                # a round
+    n_answers: int                # to each
+    temperature: float            # these are drawn with
+    eval_batch_size: int          # queries answered at a time
+    max_new_tokens: int           # longest answer
+
+    def __post_init__(self):
+        if 'full' not in self.variants: raise SettingsError(f'variants = {self.variants!r}: expected full among them, which the others are compared with')
+        if len(self.ssis) != 3 or min(self.ssis) < 0 or sum(w > 0 for w in self.ssis) < 2: raise SettingsError(f'ssis = {self.ssis!r}: expected three numbers, none below 0 and two or more above, so that one can be left out')
+        if len(self.practice) != 3: raise SettingsError(f'practice = {self.practice!r}: expected three numbers of queries, for timing, planning, selection')
+        in_range(self, ('rl_part', 'remembered'), lambda x: 0 < x <= 1, 'above 0 and at most 1')
+        in_range(self, ('passes',), lambda x: x*(1 - self.rl_part) >= 1, f'such that its product with 1 - rl_part = {1 - self.rl_part:g} is at least 1, so that all that arrives can be trained on')
+        in_range(self, ('lr_stream', 'lr_batch', 'lr_rl', 'temperature'), lambda x: x > 0, 'above 0')
+        in_range(self, ('warmup', 'cooldown', 'swing'), lambda x: 0 <= x <= 1, 'from 0 to 1')
+        in_range(self, ('sharpness', 'priority_exponent', 'gain'), lambda x: x >= 0, '0 or more')
+        in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
+        in_range(self, ('test_per_set',), lambda x: x >= 2, '2 or more, since queries are resampled')
+
 # %% ../nbs/00_config.ipynb #ecdaed79
 EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual, 'rl': Reinforcement,
-               'generalization': Generalization}
+               'generalization': Generalization, 'full_training': FullTraining}
 
 # %% ../nbs/00_config.ipynb #2427a802
 def accepted(
@@ -427,3 +473,21 @@ def notebook_settings(
     profile = given.pop('profile', None)
     if not isinstance(profile, str): raise SettingsError(f'profile = {profile!r}: expected the name of a profile')
     return load_settings(experiment, profile, **given)
+
+# %% ../nbs/00_config.ipynb #e71b1afa
+def read_changes(
+    path, # of the YAML file
+    experiment:str, # a key of `EXPERIMENTS`
+)->dict: # name → typed value, for `load_settings`
+    "The settings that a file changes; raises `SettingsError`"
+    import yaml
+    place = Path(path).name
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except OSError as e: raise SettingsError(f'{path} cannot be read: {e.strerror}') from None
+    except (ValueError, yaml.YAMLError) as e: raise SettingsError(f'{place} is no YAML: {" ".join(str(e).split())}') from None
+    if not isinstance(values, dict) or not values: raise SettingsError(f'{place}: expected lines like "jobs: 2"')
+    keys = [str(k.value) for k, _ in node.value]
+    if twice := [k for k in keys if keys.count(k) > 1]: raise SettingsError(f'{place}: {twice[0]!r} is there twice')
+    return typed({str(k): v for k, v in values.items()}, EXPERIMENTS[experiment], place)

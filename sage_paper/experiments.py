@@ -38,6 +38,7 @@ CATALOGUE = {e.id: e for e in (
     Experiment('rl_finetuning', 'rl', 'rl_runs', ('rl_specs',), 'rl_tuning_specs', True),
     Experiment('challenges', 'challenges', 'challenge_runs', ('challenge_specs',), 'challenge_tuning_specs'),
     Experiment('generalization', 'generalization', 'generalization_runs', ('generalization_specs',), 'generalization_tuning_specs'),
+    Experiment('full_training', 'full_training', 'full_training_runs', ('full_training_specs',)),
     Experiment('efficiency', 'efficiency', 'efficiency_runs', ('efficiency_specs',)))}
 
 # %% ../nbs/85_experiments.ipynb #2923c09c

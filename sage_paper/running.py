@@ -7,10 +7,10 @@ __all__ = ['ENVIRONMENT', 'first_seeds', 'Plan', 'make_plan', 'lend', 'alive', '
            'Interrupted', 'Finished', 'complaint', 'interruptible', 'run_plan']
 
 # %% ../nbs/88_running.ipynb #1bf11ebf
-import contextlib, itertools, json, os, signal, subprocess, sys, tempfile, threading, time
+import contextlib, itertools, json, os, shlex, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from .config import Profile, SettingsError, load_settings
+from .config import Profile, SettingsError, load_settings, read_changes
 from .engines import ENGINES, engine_name
 from .estimates import Took, note
 from .experiments import Experiment, Run, remember, wanted_runs
@@ -36,6 +36,8 @@ class Plan:
     needed: tuple[Run, ...]
     missing: tuple[Run, ...]   # those of them that have no record anywhere
     root: Path             # the project's
+    config: Path | None = None    # the file that settings were changed by
+    n_seeds: int | None = None    # as it was asked for, if that changes anything
     engine: str = ENGINES[0]   # that makes the runs
 
     @property
@@ -46,25 +48,31 @@ class Plan:
 
     @property
     def command(self): # that does the same
-        return f'sage-paper --experiment {self.experiment.id} --profile {self.profile}' + (f' --seeds {len(self.settings.seeds)}' if 'seeds' in self.parameters else '') + f' --engine {self.engine}'*(self.engine != ENGINES[0]) + ' --yes'
+        words = ['sage-paper', '--experiment', self.experiment.id, '--profile', self.profile, *(['--config', str(self.config)] if self.config else []), *(['--seeds', str(self.n_seeds)] if self.n_seeds else []), *(['--engine', self.engine] if self.engine != ENGINES[0] else []), '--yes']
+        return shlex.join(words)
 
     def record(self, run:Run, profile=None): # where a run's record is, or will be
         return self.root/'runs'/run.folder/(profile or self.settings.profile)/f'{run.key}.json'
 
+# %% ../nbs/88_running.ipynb #f7a7acd9
 def make_plan(
     e:Experiment, profile:str,
     root:Path,
     seeds=None, # how many, if not those of the profile
+    config=None, # a file with changes, see `read_changes`
     engine=None, # one of `ENGINES`; that of the environment, if not given
 )->Plan:
     "Work out what there is to do; raises `SettingsError`"
+    def settings(): return load_settings(e.settings, profile, root/'settings.ini', **changes)
     s, changes = load_settings(e.settings, profile, root/'settings.ini'), {}
-    if seeds is not None and (chosen := first_seeds(s, seeds)) != s.seeds: changes = dict(seeds=chosen)
-    if changes: s = load_settings(e.settings, profile, root/'settings.ini', **changes)
+    if config is not None and (changes := {k: v for k, v in read_changes(config, e.settings).items() if v != getattr(s, k)}): s = settings()
+    if more := seeds is not None and (chosen := first_seeds(s, seeds)) != s.seeds:
+        changes |= dict(seeds=chosen)
+        s = settings()
     runs = wanted_runs(e, s)
     if not changes: remember(e, s, runs, root)
     needed = tuple(r for r in runs if r.needed)
-    plan = Plan(e, profile, s, dict(profile=profile) | {k: list(v) for k, v in changes.items()}, needed, (), root, engine or engine_name())
+    plan = Plan(e, profile, s, dict(profile=profile) | {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}, needed, (), root, config, seeds if more else None, engine or engine_name())
     return replace(plan, missing=tuple(r for r in needed if not plan.record(r).exists() and not plan.record(r, profile).exists()))
 
 def lend(plan:Plan)->int: # number of records

@@ -171,7 +171,7 @@ def test_what_is_remembered_is_forgotten_with_the_settings(project):
 @pytest.mark.parametrize('argv,said', [
     (['--experiment', 'streaming_comparisn', '--yes'], "did you mean 'streaming_comparison'?"), (['--experiment', 'coreset', '--yes'], "did you mean 'coreset_ablation'?"),
     (['--experiment', 'qqq', '--yes'], 'There are streaming_comparison'), (['--experiment', 'challenges', '--profile', 'papers', '--yes'], "did you mean 'paper'?"),
-    (['--experiment', 'streaming_comparison', '--seeds', '0', '--yes'], '--seeds 0: expected a number 1 or more'), (['--experiment', 'streaming_comparison'], 'add --yes'),
+    (['--experiment', 'streaming_comparison', '--seeds', '0', '--yes'], '--seeds 0: expected a number 1 or more'), (['--experiment', 'streaming_comparison', '--config', 'none.yaml', '--yes'], 'none.yaml cannot be read'), (['--experiment', 'streaming_comparison'], 'add --yes'),
     (['runs', 'show', 'zzz'], "no record 'zzz'"), (['runs', 'list', 'continual'], "did you mean 'continual_learning'?"), ([], 'no terminal')])
 def test_what_is_not_known_ends_with_2(project, argv, said):
     out = sage(*argv)
@@ -216,6 +216,17 @@ def test_an_engine_that_is_not_installed_or_not_known_ends_with_2(project):
     out = sage('--experiment', 'streaming_comparison', '--yes', SAGE_ENGINE='slurm')
     assert out.returncode == 2 and "'slurm': known are joblib, ray" in out.stderr and not made(project), out
     assert sage('--experiment', 'streaming_comparison', '--yes', '--engine', 'slurm').returncode == 2
+
+
+def test_a_file_of_settings_reaches_the_notebook(project):
+    "Numbers, words and lists; what they leave alone is not made again"
+    for r in wanted_runs(CATALOGUE['streaming_comparison'], load_settings('streaming', 'smoke', project/'settings.ini')):
+        if r.needed: run_or_load(lambda spec: dict(curve=[dict(accuracy=0.5)]), 'streaming', 1, r.spec, project/'runs/streaming/smoke')
+    (project/'mine.yaml').write_text('seeds: [0, 5]\nsharpness: 1.5\nsplit: report\n')
+    out = sage('--experiment', 'streaming_comparison', '--config', str(project/'mine.yaml'), '--yes')
+    assert out.returncode == 0 and 'seeds 0 5' in out.stdout and '5 runs to make' in out.stdout, out
+    assert sorted(made(project)) == sorted([[m, '5'] for m in ('batch_full', 'batch_50pct', 'streaming_full', 'streaming_coreset')] + [['streaming_coreset', '0']])
+    assert (project/'build/smoke-custom/tables/streaming.tex').is_file() and len(record_files(project/'runs/streaming/smoke-custom')) == 8
 
 
 def test_a_failure_is_told_in_short_and_ends_with_1(project):
