@@ -46,17 +46,27 @@ def term_weights(
     return [w/sum(left) for w in left]
 
 # %% ../nbs/76_full_training_runs.ipynb #4b97bdbb
+@cache
+def _parts(
+    timing, planning, selection, # tuples of names
+    n_tools, train_per_set, practice, test_per_set, # as for `grounds`
+):
+    "As for `stream_parts`, made once for all runs of a process"
+    s = SimpleNamespace(timing=timing, planning=planning, selection=selection, n_tools=n_tools, train_per_set=train_per_set, test_per_set=test_per_set)
+    ground = grounds(n_tools, train_per_set, practice, test_per_set, 'report')
+    def part(name, challenge):
+        if name != 'sageworld': return load_part(name, challenge, s)
+        at = CHALLENGES.index(challenge)*train_per_set
+        return Part(name, challenge, ground.demonstrations[at:at + train_per_set], ground.test[challenge], ground.tools)
+    *parts, practised = apart([*(part(name, c) for c in CHALLENGES for name in getattr(s, c)), Part('sageworld', '', ground.practice, (), ground.tools)])
+    return tuple(parts), dataclasses.replace(ground, practice=practised.train)
+
 def stream_parts(
     s, # settings, or the description of a run
 )->tuple: # (list of `Part`, challenge by challenge; `Grounds`)
     "What arrives, what is asked, and what is practised on; raises `AssetError` where files cannot be had"
-    ground = grounds(s.n_tools, s.train_per_set, tuple(s.practice), s.test_per_set, 'report')
-    def part(name, challenge):
-        if name != 'sageworld': return load_part(name, challenge, s)
-        at = CHALLENGES.index(challenge)*s.train_per_set
-        return Part(name, challenge, ground.demonstrations[at:at + s.train_per_set], ground.test[challenge], ground.tools)
-    *parts, practised = apart([*(part(name, c) for c in CHALLENGES for name in getattr(s, c)), Part('sageworld', '', ground.practice, (), ground.tools)])
-    return parts, dataclasses.replace(ground, practice=practised.train)
+    parts, ground = _parts(*(tuple(getattr(s, c)) for c in CHALLENGES), s.n_tools, s.train_per_set, tuple(s.practice), s.test_per_set)
+    return list(parts), ground
 
 # %% ../nbs/76_full_training_runs.ipynb #ea3a2419
 @cache
