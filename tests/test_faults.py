@@ -1,5 +1,5 @@
 "Faults: a full disk, a folder that cannot be written, damaged and outdated files, a clock that jumps, a plug that is pulled: an error that says so, or the right numbers"
-import ast, concurrent.futures.process, errno, json, os, resource, subprocess, sys, tempfile, time, zlib
+import ast, concurrent.futures.process, errno, json, os, resource, signal, subprocess, sys, tempfile, time, zlib
 from pathlib import Path
 
 import filelock, pytest, safetensors, torch, tqdm   # the children that may not read much get these from here
@@ -27,6 +27,8 @@ def in_a_child(act):
     "What a forked process returns, or the words of what it raises"
     there, here = os.pipe()
     if not (pid := os.fork()):
+        signal.alarm(60)            # rather than wait for what never comes
+        torch.set_num_threads(1)    # the others have stayed behind
         try: said = str(act())
         except BaseException as e: said = f'{type(e).__name__}: {e}'
         os.write(here, said.encode())
