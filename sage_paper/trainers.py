@@ -98,6 +98,7 @@ def _spread(self:Trainer, capture):
     if not lm.sharded: lm.wrapped = None
     if self.team.size > 1 and not capture and not lm.sharded:
         from accelerate import Accelerator
+        torch._dynamo.config.optimize_ddp = False   # it would cut up what is compiled in buckets; a layer is less than one
         lm.wrapped = Accelerator().prepare_model(Pass(lm))
     self.sums = GradientSum([] if lm.wrapped else lm.model.parameters(), self.team)
     self.learn = Captured(self._learn, lm.device, lm.memory) if capture and not lm.wrapped else self._eager
