@@ -166,9 +166,10 @@ class Learnt(NamedTuple):
 @patch
 def share(self:Trainer, encoded)->tuple: # (`Batch`, [b] numbers of its samples)
     "This rank's part of a batch, in a shape that all ranks' parts have"
-    n, k = len(encoded), self.team.rank
+    n, own = len(encoded), self.team.share(len(encoded))
+    if self.team.size == 1: return self.lm.collate(encoded), own
     parts = [[encoded[min(i, n - 1)] for i in self.team.share(n, r)] for r in range(self.team.size)]
-    return self.lm.collate(parts[k], width=max(len(e.ids) for e in encoded), answers=max(sum(e.n_answer for e in p) for p in parts)), self.team.share(n)
+    return self.lm.collate(parts[self.team.rank], width=max(len(e.ids) for e in encoded), answers=max(sum(e.n_answer for e in p) for p in parts)), own
 
 @patch
 def _factors(self:Trainer, weights, own):
