@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'shard', 'recompute', 'hollow', 'fill']
 
 # %% ../nbs/82_sharding.ipynb #379c9ee7
 from functools import partial
-import torch
+import torch, torch.utils.checkpoint
 from .capture import graph_memory
 from .model import LM, Pass, byte_tokenizer, default_device
 from .ranks import ranks
@@ -35,8 +35,9 @@ def shard(
 
 # %% ../nbs/82_sharding.ipynb #8d28fb96
 def recompute(lm:LM):
-    "Keep nothing of the layers' inner values"
-    for layer in lm.model.get_decoder().layers: layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+    "Keep nothing of the layers' inner values; before anything is compiled"
+    lm.fused, again = True, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)   # no dropout, and a graph may not ask for the state
+    for layer in lm.model.get_decoder().layers: layer.forward = partial(again, layer.forward)
 
 # %% ../nbs/82_sharding.ipynb #2050d6da
 SHAPES = {
