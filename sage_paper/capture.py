@@ -9,6 +9,7 @@ __all__ = ['graph_memory', 'Captured']
 from functools import cache
 import torch
 from fastcore.basics import patch
+from .ranks import launched
 
 # %% ../nbs/19_capture.ipynb #b096da0a
 @cache
@@ -16,13 +17,17 @@ def _side_stream(device):
     "Where graphs are written down, and first calls run"
     return torch.cuda.Stream(device)
 
+def _writing(graph, device, pool=None):
+    "While a graph is written down; of several ranks each has a thread that asks whether exchanges are over, which is no part of the graph"
+    return torch.cuda.graph(graph, pool, _side_stream(device), 'global' if launched() == 1 else 'thread_local')
+
 def graph_memory(
     device:torch.device,
 ): # a graph, whose memory others may share; None but on a GPU
     "Memory for graphs of which one is played at a time; it is there as long as this is held"
     if device.type != 'cuda': return None
     graph, x = torch.cuda.CUDAGraph(), torch.zeros(1, device=device)
-    with torch.cuda.graph(graph, stream=_side_stream(device)): x + 1
+    with _writing(graph, device): x + 1
     return graph
 
 # %% ../nbs/19_capture.ipynb #3f2693d9
@@ -66,7 +71,7 @@ def _capture(self:Captured, key, args):
     "Write down the graph of a shape, then play it"
     held, graph = [a.to(self.device, copy=True) for a in args], torch.cuda.CUDAGraph()
     torch.cuda.synchronize(self.device)
-    with torch.cuda.graph(graph, self.memory.pool(), _side_stream(self.device)): out = self.fn(*held)
+    with _writing(graph, self.device, self.memory.pool()): out = self.fn(*held)
     self.graphs[key] = graph, held, out
     return self._replay(key, args)
 

@@ -198,7 +198,8 @@ def write(
     temperature=1.,
     ends=None,          # [prompts], what says when each answer is over, see `Answers`; a `ListEnd` each, if not given
 )->list: # of (str, the answer without its end-of-turn token; its tokens with it), in order
-    "Answers, each up to the end of its first JSON list, or to another end"
+    "Answers, each up to the end of its first JSON list, or to another end; raises `ValueError`"
+    if lm.sharded: raise ValueError('a model that is spread over several ranks writes no answers')
     lm.tokenizer.padding_side, out, ends = 'left', {}, ends or [ListEnd() for _ in prompts]
     lengths = [len(p) for p in lm.tokenizer(prompts, add_special_tokens=False)['input_ids']] if prompts else []
     for ids in batches_of(lengths, batch_size, room):

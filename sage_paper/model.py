@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHATML', 'SYSTEM', 'SYSTEM_TOOLS', 'no_progress', 'weights_dir', 'default_device', 'computes_bf16', 'byte_tokenizer',
            'tiny_lm', 'instruction', 'conversation', 'render', 'Encoded', 'encode', 'Batch', 'collate', 'Forward',
-           'sum_by_row', 'mean_by_row', 'LM', 'maskless', 'forward', 'HeadError', 'check_head', 'load_lm', 'fresh_lm',
-           'embed', 'Shape', 'shape', 'forward_flops']
+           'sum_by_row', 'mean_by_row', 'LM', 'maskless', 'forward', 'Pass', 'HeadError', 'check_head', 'load_lm',
+           'fresh_lm', 'embed', 'Shape', 'shape', 'forward_flops']
 
 # %% ../nbs/20_model.ipynb #053282f2
 import gc, io, os, tempfile, warnings
@@ -20,6 +20,7 @@ from tqdm import TqdmWarning
 from .assets import MODELS, cache_dir, fetch, registry
 from .calls import Sample, Tool, ToolCall, format_calls, name_end, tool_document
 from .capture import Captured, graph_memory
+from .ranks import ranks
 
 # %% ../nbs/20_model.ipynb #49827020
 @contextmanager
@@ -64,8 +65,8 @@ def weights_dir(
 
 # %% ../nbs/20_model.ipynb #4c9a5ace
 def default_device()->torch.device:
-    "The GPU if there is one"
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    "The GPU if there is one, of several ranks each its own"
+    return ranks().device or torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 def computes_bf16(device:torch.device)->bool:
     "Whether the device multiplies bf16 matrices in hardware"
@@ -180,13 +181,14 @@ def collate(
     pad_id:int, device='cpu',
     multiple=8,   # T is a multiple of this
     multiple_m=1, # and M of this
+    width=0, answers=0, # T and M at least
 )->Batch:
     "The samples as one batch"
-    width = -(-max(len(e.ids) for e in encoded)//multiple)*multiple
+    width = -(-max(width, *(len(e.ids) for e in encoded))//multiple)*multiple
     ids, mask = torch.full((len(encoded), width), pad_id), torch.zeros(len(encoded), width, dtype=torch.long)
     flat = [(b, t, e.ids[t + 1], t + 1 - e.n_prompt < e.n_name)
             for b, e in enumerate(encoded) for t in range(e.n_prompt - 1, len(e.ids) - 1)]
-    flat += [(len(encoded), 0, 0, False)]*(-len(flat) % multiple_m)
+    flat += [(len(encoded), 0, 0, False)]*(-(-max(answers, len(flat))//multiple_m)*multiple_m - len(flat))
     for b, e in enumerate(encoded): ids[b, :len(e.ids)], mask[b, :len(e.ids)] = torch.tensor(e.ids), 1
     row, at, label, in_name = (torch.tensor(c) for c in zip(*flat))
     def move(x): return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x.to(device)
@@ -228,20 +230,24 @@ class LM:
         self.device = next(model.parameters()).device
         self.bf16 = precision == 'bf16' or precision == 'auto' and computes_bf16(self.device)
         self.fused, self.played, self.memory = False, {}, graph_memory(self.device)
+        self.wrapped, self.sharded = None, False   # `Pass`, in what spreads it over ranks; whether each has a part of the weights only
 
     def autocast(self):
         "The context matrix products run in"
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def collate(self, encoded):
+    def collate(self, encoded,
+        **least, # `width` and `answers`, see `collate`
+    )->Batch:
         "The samples as one batch on the model's device, on a GPU in one of few shapes"
-        return collate(encoded, self.tokenizer.pad_token_id, self.device, *((32, 512) if self.device.type == 'cuda' else ()))
+        return collate(encoded, self.tokenizer.pad_token_id, self.device, *((32, 512) if self.device.type == 'cuda' else ()), **least)
 
     def play(self,
         fn, # (lm, batch) → tuple of tensors
         batch:Batch,
     )->tuple:
-        "`fn` of the batch, captured, see `Captured`"
+        "`fn` of the batch, captured, see `Captured`; as it is if the pass is wrapped"
+        if self.wrapped: return fn(self, batch)
         if fn not in self.played: self.played[fn] = Captured(lambda *tensors: fn(self, Batch(*tensors)), self.device, self.memory)
         return self.played[fn](*batch.tensors)
 
@@ -258,10 +264,8 @@ def maskless(model):
     finally: config._attn_implementation = own
 
 # %% ../nbs/20_model.ipynb #ba839e11
-def forward(
-    lm:LM, batch:Batch,
-)->Forward:
-    "One pass over `batch`"
+def _pass(lm, batch):
+    "One pass through the model in this process"
     with lm.autocast(), maskless(decoder := lm.model.get_decoder()):
         states = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = states[batch.row.clamp(max=len(states) - 1), batch.at]
@@ -270,6 +274,20 @@ def forward(
     mask = batch.attention_mask.unsqueeze(-1)
     embedding = (states.detach().float()*mask).sum(1)/mask.sum(1)
     return Forward(token_nll, logits.detach().argmax(-1) == batch.label, mean_by_row(token_nll, batch.row, len(embedding)), embedding, hidden, logits)
+
+def forward(
+    lm:LM, batch:Batch,
+)->Forward:
+    "One pass over `batch`"
+    return Forward(*lm.wrapped(*batch.tensors)) if lm.wrapped else _pass(lm, batch)
+
+# %% ../nbs/20_model.ipynb #cfda310f
+class Pass(torch.nn.Module):
+    "`forward` as a module: from a batch's tensors to the fields of `Forward`"
+    def __init__(self, lm:LM):
+        super().__init__()
+        self.model, self.pass_ = lm.model, lambda *tensors: vars(_pass(lm, Batch(*tensors)))
+    def forward(self, *tensors): return tuple(self.pass_(*tensors).values())
 
 # %% ../nbs/20_model.ipynb #32374ed1
 @patch
@@ -291,7 +309,7 @@ def check_head(lm:LM):
     batch = collate(encode([Sample('', 'Hello', ())], lm.tokenizer), lm.tokenizer.pad_token_id, lm.device)
     with torch.no_grad(), lm.autocast():
         own = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.row, batch.at].float()
-    with torch.no_grad(): ours = forward(lm, batch).logits
+    with torch.no_grad(): ours = _pass(lm, batch).logits
     if not torch.allclose(own, ours, atol=1e-3 + 0.02*lm.bf16*own.abs().max().item()):
         raise HeadError(f'{type(lm.model).__name__} scales or caps its logits; `forward` does not know how')
 

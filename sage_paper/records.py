@@ -10,11 +10,13 @@ __all__ = ['FIELDS', 'PACKAGES', 'FAILURES', 'canonical', 'record_key', 'run_set
 
 # %% ../nbs/60_records.ipynb #24287897
 import base64, dataclasses, hashlib, importlib.metadata, json, os, platform, subprocess, tempfile, time, zlib
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import numpy as np
 from .config import Profile, find_root, load_settings
 from .engines import Lost, engine_name, jobs_that_fit, on_joblib, on_ray
+from .ranks import ranks
 
 # %% ../nbs/60_records.ipynb #10e01af0
 def canonical(
@@ -168,21 +170,24 @@ def run_or_load(
     experiment:str, version:int, spec:dict,
     folder:Path, # where the experiment's records lie, see `runs_dir`
 )->dict: # the record
-    "The record of a run: from its file if there is one, else by running"
+    "The record of a run: from its file if there is one, else by running; of several ranks the first one writes it"
     from filelock import FileLock
-    of = experiment, version, spec, folder
-    path = record_path(*of)
-    if path.exists(): return read_record(path)
-    check_folder(folder)
-    with FileLock(record_path(*of, 'lock')):
-        if path.exists(): return read_record(path)
-        try: end = carry_out(run, spec)
-        except FAILURES as e:
-            try: keep(failure(e), *of)
-            except OSError as unwritten: e.add_note(f'and no note of it could be written ({unwritten})')
-            raise
-        keep(end, *of)
-    return read_record(path)
+    of, team = (experiment, version, spec, folder), ranks()
+    path, first = record_path(*of), team.rank == 0
+    if not team.agree(path.exists()):
+        if first: check_folder(folder)
+        with FileLock(record_path(*of, 'lock')) if first else nullcontext():
+            if not team.agree(path.exists()): _make(run, of, first)
+    return team.agree(read_record(path) if first else None)
+
+def _make(run, of, writes):
+    "Make a run and write its record, or the note of its failure"
+    try: end = carry_out(run, of[2])
+    except FAILURES as e:
+        try: writes and keep(failure(e), *of)
+        except OSError as unwritten: e.add_note(f'and no note of it could be written ({unwritten})')
+        raise
+    if writes: keep(end, *of)
 
 # %% ../nbs/60_records.ipynb #256180d5
 def runs_dir(
@@ -251,6 +256,7 @@ def sweep(
 )->list: # of records, in the order of `specs`
     "All runs, loaded or made by the engine that `SAGE_ENGINE` names; raises `RecordError` naming those that failed"
     from tqdm import tqdm
+    if ranks().size > 1: return [run_or_load(run, experiment, version, s, folder) for s in specs]   # all of them at work on each
     todo = {record_key(experiment, version, s): s for s in specs if not record_path(experiment, version, s, folder).exists()}
     if todo: check_folder(folder)
     if engine_name() == 'ray': made = _on_cluster(run, experiment, version, todo, folder, jobs)

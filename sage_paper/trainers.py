@@ -17,7 +17,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 from .assets import sha256
 from .capture import Captured
-from .model import LM, Batch, Encoded, forward, forward_flops, shape
+from .model import LM, Batch, Encoded, Pass, forward, forward_flops, shape
+from .ranks import GradientSum, Ranks, ranks
 from .replay import Buffer, ImportanceBuffer, ReservoirBuffer
 from .selectors import Random, Seen, Selector, gain_gradients_from_backward, see
 from .ssis import SSIS
@@ -74,6 +75,8 @@ class Trainer:
         unit='samples', # of the total; or 'tokens'
         after_backward=(), # called without arguments between a step's backward pass and its clipping: what a strategy does to the gradients
         extra_loss=None,   # (`Forward`, `Batch`, further tensors, see `step`) → a scalar: what a strategy adds to the loss
+        capture=True,      # the step as one graph on a GPU; False: kernel by kernel, and of several ranks through Accelerate's DDP
+        team:Ranks=None,   # who trains together; None: all who were launched together
     ):
         if unit not in ('samples', 'tokens'): raise ValueError(f'unit = {unit!r}: known are samples, tokens')
         self.lm, self.lr, self.total, self.unit, self.max_norm = lm, lr, total, unit, max_norm
@@ -81,10 +84,24 @@ class Trainer:
         self.shape, self.budget, self.watch, self.start = shape(lm), Budget(), Stopwatch(lm.device), 0
         self.after_backward, self.extra_loss = after_backward, extra_loss
         lm.model.eval()   # no dropout: a seed decides on data alone
-        if on_gpu := lm.device.type == 'cuda': lm.fuse()
+        self.team = ranks() if team is None else team
+        if extra_loss and self.team.size > 1: raise ValueError('extra_loss is taken of a whole batch, and several ranks have a part of it each')
+        if (on_gpu := lm.device.type == 'cuda') and not lm.sharded: lm.fuse()
         self.rate = torch.tensor(lr, device=lm.device)   # a tensor, since a graph would keep a number
-        self.opt = torch.optim.AdamW(lm.model.parameters(), lr=self.rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
-        self.learn = Captured(self._learn, lm.device, lm.memory)
+        self.opt = torch.optim.AdamW(lm.model.parameters(), lr=lr if lm.sharded else self.rate, weight_decay=weight_decay, fused=True, capturable=on_gpu and not lm.sharded)
+        self._spread(capture)
+
+@patch
+def _spread(self:Trainer, capture):
+    "Choose what sums the gradients of several ranks: what shards the model, DDP, or the captured step itself"
+    lm = self.lm
+    if not lm.sharded: lm.wrapped = None
+    if self.team.size > 1 and not capture and not lm.sharded:
+        from accelerate import Accelerator
+        torch._dynamo.config.optimize_ddp = False   # it would cut up what is compiled in buckets; a layer is less than one
+        lm.wrapped = Accelerator().prepare_model(Pass(lm))
+    self.sums = GradientSum([] if lm.wrapped else lm.model.parameters(), self.team)
+    self.learn = Captured(self._learn, lm.device, lm.memory) if capture and not lm.wrapped else self._eager
 
 # %% ../nbs/25_trainers.ipynb #e0579c86
 @patch(as_prop=True)
@@ -127,12 +144,17 @@ def _learn(self:Trainer, *tensors):
     f.hidden.retain_grad()
     loss = (weights*f.nll).mean()
     if self.extra_loss: loss = loss + self.extra_loss(f, batch, *extra)
-    loss.backward()
+    with self.sums.backward(): loss.backward()
     for change in self.after_backward: change()
     torch.nn.utils.clip_grad_norm_(self.lm.model.parameters(), self.max_norm)
     self.opt.step()
     self.opt.zero_grad()
-    return f.nll.detach(), f.embedding, gain_gradients_from_backward(batch, f)/weights[:, None]
+    return self.team.gather(f.nll.detach(), f.embedding, gain_gradients_from_backward(batch, f)/weights[:, None])
+
+@patch
+def _eager(self:Trainer, *tensors):
+    "`_learn`, kernel by kernel"
+    return self._learn(*(t.to(self.lm.device, non_blocking=True) for t in tensors))
 
 # %% ../nbs/25_trainers.ipynb #1ab2fb30
 class Learnt(NamedTuple):
@@ -142,20 +164,37 @@ class Learnt(NamedTuple):
     gradient: torch.Tensor   # [B, d], by the log-gain
 
 @patch
+def share(self:Trainer, encoded)->tuple: # (`Batch`, [b] numbers of its samples)
+    "This rank's part of a batch, in a shape that all ranks' parts have"
+    n, own = len(encoded), self.team.share(len(encoded))
+    if self.team.size == 1: return self.lm.collate(encoded), own
+    parts = [[encoded[min(i, n - 1)] for i in self.team.share(n, r)] for r in range(self.team.size)]
+    return self.lm.collate(parts[self.team.rank], width=max(len(e.ids) for e in encoded), answers=max(sum(e.n_answer for e in p) for p in parts)), own
+
+@patch
+def _factors(self:Trainer, weights, own):
+    "This rank's weights, so that the mean over its part, summed over ranks (or averaged by what wraps the model), is the mean over the batch"
+    n = len(weights)
+    padded = torch.cat([weights, torch.zeros(len(own)*self.team.size - n)])[own]
+    return padded*(len(own)/n*(self.team.size if self.lm.wrapped else 1))
+
+@patch
 def step(self:Trainer,
-    encoded:list,    # of `Encoded`
+    encoded:list,    # of `Encoded`, the whole batch, on all ranks the same
     weights=None,    # [B], > 0, factors on the samples' losses; None: 1
     extra=None,      # `Batch` → tensors, for the trainer's `extra_loss`
 )->Learnt:
     "Train on a batch"
     # the middle of the step, so that neither the first nor the last one has a rate of 0
     progress = (self.spent - self.start + self.sizes(encoded).sum()/2)/(self.total - self.start)
-    self.rate.fill_(self.lr*trapezoid(progress, self.warmup, self.cooldown))
-    batch = self.lm.collate(encoded)
-    weights = torch.ones(len(encoded)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
-    learnt = Learnt(*self.learn(*batch.tensors, weights, *(extra(batch) if extra else ())))
-    self.budget.samples += len(encoded)
-    self.budget.tokens += batch.n_tokens
+    self.rate.fill_(now := self.lr*trapezoid(progress, self.warmup, self.cooldown))
+    if self.lm.sharded: self.opt.param_groups[0]['lr'] = now   # a tensor would have to be spread like the weights
+    (batch, own), n = self.share(encoded), len(encoded)
+    weights = torch.ones(n) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+    if self.team.size > 1: weights = self._factors(weights, own)
+    learnt = Learnt(*(x[:n] for x in self.learn(*batch.tensors, weights, *(extra(batch) if extra else ()))))
+    self.budget.samples += n
+    self.budget.tokens += sum(len(e.ids) for e in encoded)
     self.budget.flops += 3*forward_flops(self.shape, encoded)
     return learnt
 
@@ -336,6 +375,14 @@ def _judge(self:Stream, new, learnt):
     return [e for e, m in zip(new, mask) if m], terms[:, mask]
 
 # %% ../nbs/25_trainers.ipynb #47c9bb42
+@patch
+def see(self:Trainer, encoded, needs, irreducible=None)->Seen:
+    "Score samples, each rank its part"
+    if self.team.size == 1: return see(self.lm, self.lm.collate(encoded), needs, irreducible)
+    mine, n = see(self.lm, self.share(encoded)[0], needs), len(encoded)
+    found = {k: torch.as_tensor(x, device=self.lm.device) for k, x in vars(mine).items() if x is not None}
+    return Seen(**{k: x[:n].cpu().numpy() for k, x in zip(found, self.team.gather(*found.values()))}, irreducible=irreducible)
+
 def sift(
     trainer:Trainer, selector:Selector,
     new:list, # of `Encoded`, just arrived
@@ -344,8 +391,8 @@ def sift(
     "Score samples if the selector needs that, write its cost into the ledger, keep the important ones"
     if not selector.scores: mask, terms = selector.judge(Seen(np.zeros(len(new))))
     else:
-        batch, s = trainer.lm.collate(new), trainer.shape
-        mask, terms = selector.judge(see(trainer.lm, batch, selector.needs, irreducible and np.array([irreducible[e] for e in new])))
+        s, known = trainer.shape, irreducible and np.array([irreducible[e] for e in new])
+        mask, terms = selector.judge(trainer.see(new, selector.needs, known))
         trainer.scored(new)
         trainer.budget.flops += 2*s.hidden*s.vocabulary*sum(e.n_answer for e in new)*('gradient' in selector.needs)   # the product in `gain_gradients`
     return [e for e, m in zip(new, mask) if m], terms[:, mask]
