@@ -17,6 +17,7 @@ from .engines import ENGINES, engine_name, find_ray
 from .estimates import estimate, in_words, measured, noted
 from .experiments import CATALOGUE, State, find_experiment, kind, nearest, profiles, remembered, state, title_and_question, work_out
 from .inventory import commit_dates, compare, entries, find_record, prunable, prune, record_folders, show, table
+from .ranks import launched
 from .running import Interrupted, Plan, RunFailed, interruptible, make_plan, run_plan
 
 # %% ../nbs/89_cli.ipynb #91266502
@@ -332,6 +333,7 @@ def _parser():
 # %% ../nbs/89_cli.ipynb #8a6e69d8
 def _chosen(parser, a):
     "The command that the options before it stand for; ends the program where they stand for none"
+    if launched() > 1: parser.error(f'{launched()} processes were launched, and one is enough; several GPUs for one run: see `python -m sage_paper.scaling --help`')
     if a.config and not a.experiment: parser.error('--config changes the settings of one experiment: name it with --experiment')
     if a.run: return a.run
     if a.list: return list_command

@@ -90,7 +90,7 @@ def measured(
     lacking = [what for what, there in dict(weak=len(ups) > 1 and ups.speed_up.notna().all(), large=bool(shares), efficiency=bool(times)).items() if not there]
     if lacking: raise ReportError(f'no plan from what was measured before there are records of {", ".join(lacking)}')
     most = ups.index.max()
-    return Costs(max(shares)[-1], float(ups.speed_up[most]/most), float(ups.network[most]), 1e-6*float(np.mean(times)))
+    return Costs(max(shares)[-1], float(ups.speed_up[most]/most), float(ups.network[most]), float(np.mean(times))/1e6)
 
 # %% ../nbs/84_planning.ipynb #926838e6
 def operations(a:Assumptions)->dict: # a day
