@@ -8,18 +8,19 @@ __all__ = ['take_apart', 'put_together', 'CheckpointError', 'save_checkpoint', '
 # %% ../nbs/18_checkpoints.ipynb #e91c9848
 import json, os, tempfile, zlib
 from pathlib import Path
-import torch
+import numpy as np, torch
 from .assets import cache_dir
 
 # %% ../nbs/18_checkpoints.ipynb #4d030e2f
 def take_apart(
-    value,        # nested dicts, lists and tuples of tensors and JSON's plain types
+    value,        # nested dicts, lists and tuples of tensors, arrays and JSON's plain types
     tensors:dict, # name → tensor, filled
 ): # of JSON's types; raises `TypeError` for anything else
     "The structure of a state"
     if isinstance(value, torch.Tensor):
         spot = (value.data_ptr(), value.dtype, value.shape, value.stride())
         return dict(tensor=tensors.setdefault(spot, (str(len(tensors)), value.detach()))[0])
+    if isinstance(value, (np.ndarray, np.generic)): return {'array' if isinstance(value, np.ndarray) else 'number': take_apart(torch.from_numpy(np.asarray(value)), tensors)}
     if isinstance(value, dict): return dict(dict=[[take_apart(x, tensors) for x in pair] for pair in value.items()])
     if isinstance(value, tuple): return dict(tuple=[take_apart(x, tensors) for x in value])
     if isinstance(value, list): return [take_apart(x, tensors) for x in value]
@@ -36,6 +37,7 @@ def put_together(
     if not isinstance(structure, dict): return structure
     (kind, inner), = structure.items()
     if kind == 'tensor': return tensors[inner]
+    if kind in ('array', 'number'): return put_together(inner, tensors).numpy()[() if kind == 'number' else ...]
     inner = [put_together(x, tensors) for x in inner]
     return dict(inner) if kind == 'dict' else tuple(inner)
 

@@ -15,11 +15,12 @@ import numpy as np
 from .assets import model_digest
 from .challenge_parts import Part, load_part
 from .challenge_runs import scored
+from .checkpoints import checkpoint_dir
 from .config import FullTraining, load_settings
 from .datasets import DATASETS
 from .generalization_runs import apart
 from .methods import METHODS, Contestant
-from .records import experiment_records, run_settings
+from .records import experiment_records, record_key, run_settings
 from .rl_runs import Grounds, grounds
 from .samples import CHALLENGES, digest
 from .world import make_world
@@ -93,6 +94,7 @@ def learn_stream(
     s, lm,        # a run's description, and the model, trained in place
     encoded:list, # of `Encoded`: all that arrives
     tokens:int,   # trained on
+    checkpoint=None, pause=60., # as for `train_adaptively`
 )->tuple: # (`Budget`, what is remembered, how it went)
     "The stage in which samples arrive one after another"
     from sage_paper.full_training import BUFFERS, AdaptiveStream, train_adaptively
@@ -103,13 +105,13 @@ def learn_stream(
     selector = SSIS(s.remembered, s.ssis, s.sharpness, s.seed, scale='rank') if s.selector == 'ssis' else Random(s.remembered, seed=s.seed)
     buffer = BUFFERS[s.replay](s.buffer_size, getattr(s, 'priority_exponent', 0.), seed=s.seed)
     stream = AdaptiveStream(trainer, buffer, selector, s.swing, getattr(s, 'gain', 0.), s.seed)
-    train_adaptively(trainer, encoded, np.random.default_rng(s.seed).permutation(len(encoded)), s.batch_size, stream)
+    train_adaptively(trainer, encoded, np.random.default_rng(s.seed).permutation(len(encoded)), s.batch_size, stream, checkpoint, pause)
     trainer.budget.seconds = trainer.watch.seconds
     pace = [float(np.mean(x)) for x in np.array_split(stream.shares, 10) if len(x)]
     return trainer.budget, [k.encoded for k in buffer.items], dict(part=pace, forgetting=stream.forgetting, drift=stream.drift)
 
-def learn_batch(s, lm, encoded, tokens): # as for `learn_stream`
-    "The same on everything at once, in passes"
+def learn_batch(s, lm, encoded, tokens, checkpoint=None, pause=60.): # as for `learn_stream`
+    "The same on everything at once, in passes; a minute, so it keeps no checkpoint and begins anew"
     from sage_paper.trainers import Trainer, train_batch
     trainer, rng = Trainer(lm, s.lr_batch, tokens, s.warmup, 1 - s.warmup, unit='tokens'), np.random.default_rng(s.seed)
     train_batch(trainer, encoded, s.batch_size, [], s.seed, window=8)
@@ -122,6 +124,7 @@ def learn_own(
     ground:Grounds,
     memory:list, # of `Encoded`, trained on beside the successes
     tokens:int,
+    checkpoint=None, pause=60., # as for `practise`
 )->tuple: # (`Budget`, how it went)
     "The stage in which the model learns from its own successes"
     from sage_paper.client import LocalClient
@@ -130,7 +133,7 @@ def learn_own(
     client, world = LocalClient(lm, batch_size=s.eval_batch_size), make_world(ground.tools.values())
     practice = Practice(client, world, ground.practice, s.n_queries, s.n_answers, s.temperature, s.max_new_tokens, s.seed)
     learner = Successes(practice, memory, s.lr_rl, tokens, s.rounds, s.batch_size, s.warmup, s.seed)
-    log = practise(learner, s.rounds, dict, 1, seed=s.seed)['log']
+    log = practise(learner, s.rounds, dict, 1, checkpoint, pause, s.seed)['log']
     learner.trainer.budget.seconds = log[-1]['seconds']   # acting included
     return learner.trainer.budget, dict(written=learner.written, answers=s.rounds*s.n_queries*s.n_answers, log=log[1:])
 
@@ -147,6 +150,7 @@ def asked(
 
 def run_full_training(
     spec:dict, # as from `full_training_spec`
+    pause=60., # seconds of work between two checkpoints, at least
 )->dict: # the record's result
     "One variant with one seed, from the released model to the last answer"
     import gc, torch
@@ -157,14 +161,20 @@ def run_full_training(
     lm = load_lm(s.model, s.precision)
     encoded = [e for p in parts for e in encode(p.train, lm.tokenizer, p.tools)]
     total = round(s.passes*sum(len(e.ids) for e in encoded))
-    own = round(s.rl_part*total)
-    budget, memory, told = (learn_batch if s.training == 'batch' else learn_stream)(s, lm, encoded, total - own)
+    own, key = round(s.rl_part*total), f'{record_key("full_training", FULL_TRAINING_VERSION, spec)}-{lm.device.type}'
+    stream, rl = (checkpoint_dir()/f'{key}-{stage}.safetensors' for stage in ('stream', 'rl'))
+    budget, memory, told = (learn_batch if s.training == 'batch' else learn_stream)(s, lm, encoded, total - own, stream, pause)
     gc.collect()   # the optimizer
     result = dict(parts=asked(s, lm, parts), stages=dict(stream=dataclasses.asdict(budget) | told), before={}, arrived=len(encoded), remembered=len(memory))
-    if not own: return result
+    if not own: return _done(result, stream)
     before = {k: p | dict(items={f: v for f, v in p['items'].items() if f not in ('id', 'cluster')}) for k, p in result['parts'].items()}   # these are the same
-    budget, told = learn_own(s, lm, ground, memory, own)
-    return result | dict(parts=asked(s, lm, parts), before=before, stages=result['stages'] | dict(rl=dataclasses.asdict(budget) | told))
+    budget, told = learn_own(s, lm, ground, memory, own, rl, pause)
+    return _done(result | dict(parts=asked(s, lm, parts), before=before, stages=result['stages'] | dict(rl=dataclasses.asdict(budget) | told)), stream)
+
+def _done(result, checkpoint):
+    "The result of a run, which needs its checkpoint no more"
+    checkpoint.unlink(missing_ok=True)
+    return result
 
 # %% ../nbs/76_full_training_runs.ipynb #eebefb98
 def full_training_specs(

@@ -11,6 +11,7 @@ import dataclasses, warnings
 from functools import cache
 from pathlib import Path
 import numpy as np, torch
+from fastcore.basics import patch
 from .calls import Sample, format_calls
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .client import LocalClient
@@ -119,6 +120,19 @@ class GradientLearner(Learner):
         super().load(state)
         self.opt.load_state_dict(state['opt'])
 
+# %% ../nbs/34_practice.ipynb #270884a8
+@patch
+def state(self:Trainer)->dict:
+    "All that a trainer knows beside the weights"
+    return dict(opt=self.opt.state_dict(), budget=dataclasses.asdict(self.budget), seconds=self.watch.seconds)
+
+@patch
+def load(self:Trainer, state:dict):
+    "Go on from a state"
+    self.opt.load_state_dict(state['opt'])
+    for g in self.opt.param_groups: g['lr'] = self.rate   # the tensor that the trainer fills, not a copy
+    self.budget, self.watch.seconds = Budget(**state['budget']), state['seconds']
+
 # %% ../nbs/34_practice.ipynb #3cc1135a
 class Demonstrations(Learner):
     "More supervised training"
@@ -139,13 +153,11 @@ class Demonstrations(Learner):
         nll = [self.trainer.step([self.encoded[k] for k in order[i:i + self.batch_size]]).nll.mean() for i in range(0, each, self.batch_size)]
         return dict(nll=float(torch.stack(nll).mean()))
 
-    def state(self): return super().state() | dict(opt=self.trainer.opt.state_dict(), budget=dataclasses.asdict(self.trainer.budget))
+    def state(self): return super().state() | self.trainer.state()
 
     def load(self, state):
         super().load(state)
-        self.trainer.opt.load_state_dict(state['opt'])
-        for g in self.trainer.opt.param_groups: g['lr'] = self.trainer.rate   # the tensor that the trainer fills, not a copy
-        self.trainer.budget = Budget(**state['budget'])
+        self.trainer.load(state)
 
 # %% ../nbs/34_practice.ipynb #6c161cf5
 def successes(

@@ -1,4 +1,5 @@
 "What the tests share: the repository's root, and the data and the model where they can be had"
+import signal
 from pathlib import Path
 
 import hypothesis, pytest
@@ -14,7 +15,8 @@ hypothesis.settings.load_profile('repeatable')
 
 
 def pytest_configure(config):
-    "Register the markers"
+    "Register the markers; hear Ctrl-C, and let those that tests start hear it, also where whoever runs the tests in the background does not"
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line('markers', 'model: needs the real SmolLM2-135M-Instruct; skips where its package cannot be had')
 
 

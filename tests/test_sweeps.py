@@ -123,9 +123,12 @@ class Node:
     "A raylet with all that belongs to it, of one processor"
     def __init__(self, env, *args):
         command = [sys.executable, '-m', 'ray.scripts.scripts', 'start', '--block', '--num-cpus=1', f'--object-store-memory={100*2**20}', '--disable-usage-stats', *args]
-        self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        wait_for(lambda: 'Ray runtime started' in self.process.stdout.readline() or self.process.poll() is not None)
-        assert self.process.poll() is None, self.process.stdout.read()
+        for _ in range(3):   # Ray gives a raylet half a minute to start, which is short where others are at work
+            self.process, said = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), []
+            while (line := self.process.stdout.readline()) and 'Ray runtime started' not in line: said.append(line)
+            if line: return
+            self.end()
+        raise AssertionError(''.join(said))
 
     def family(self): return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
