@@ -190,7 +190,7 @@ def test_a_committed_record_holds_no_text_and_no_place(path):
     assert set(r) == {'key', 'experiment', 'version', 'spec', 'result', 'seconds', 'environment'}
     assert set(r['environment']) == {'revision', 'python', 'device', 'packages'}
     blocks = blocks_of(r['result'])
-    assert blocks or r['experiment'] == 'efficiency'   # times, and no queries
+    assert blocks or r['experiment'] in ('efficiency', 'scaling')   # times, and no queries
     for items in blocks:
         ids, values = items['id'], {k: v for k, v in items.items() if k not in NAMES}
         assert all(re.fullmatch(r'[\w-]+(/\S+)+|[a-z_]+_[\d-]+', i) for i in ids) and len(set(ids)) == len(ids)   # the latter are BFCL's own
