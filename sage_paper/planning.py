@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WANTED', 'Assumptions', 'as_table', 'named', 'recorded', 'missing', 'speed_ups', 'large_models', 'equalities',
            'Costs', 'measured', 'operations', 'gpus', 'least_gpus', 'exchange_seconds', 'compute_seconds',
-           'hiding_tokens', 'buffer_bytes', 'bookkeeping_cores', 'plan']
+           'hiding_tokens', 'buffer_bytes', 'bookkeeping_cores', 'plan', 'scaling_numbers', 'write_scaling']
 
 # %% ../nbs/84_planning.ipynb #8c8c00f5
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .config import find_root
 from .records import read_record, runs_dir
-from .report import ReportError
+from .report import Artefacts, ReportError, latex_number, macro_name, macros, percent
 
 # %% ../nbs/84_planning.ipynb #cd839381
 @dataclass(frozen=True)
@@ -156,3 +156,26 @@ def plan(a:Assumptions, c:Costs)->pd.DataFrame: # a row for each need: value, un
             'computing': (compute_seconds(a, c), 'seconds a step'), 'exchange': (exchange_seconds(a, c), 'seconds a step, at the measured rate'), 'tokens that hide the exchange': (hiding_tokens(a, c), 'a step and GPU'),
             'buffer': (buffer_bytes(a)/1e9, 'GB a rank'), 'bookkeeping': (bookkeeping_cores(a, c), 'cores a rank')}
     return pd.DataFrame([(f'{v:,.3g}' if v < 1e3 or v >= 1e12 else f'{v:,.0f}', unit) for v, unit in rows.values()], index=list(rows), columns=['needed', 'unit'])
+
+# %% ../nbs/84_planning.ipynb #80044a37
+def scaling_numbers(
+    records, efficiency, # as for `measured`
+    a=Assumptions(),
+)->dict: # macro name → text
+    "All numbers that the paper's sentences on several GPUs use; raises `ReportError`"
+    c, ups, out = measured(records, efficiency), speed_ups(records), {}
+    for n, r in ups.iterrows(): out |= {macro_name('scaling', str(n), 'step'): f'{r.step_ms:.1f}', macro_name('scaling', str(n), 'up'): f'{r.speed_up:.2f}'}
+    for n, r in equalities(records).iterrows(): out |= {macro_name('scaling', str(n), 'gap'): f'{np.ceil(1e4*r.largest_gap)/1e4:g}', macro_name('scaling', str(n), 'equal', 'steps'): str(r.steps)}
+    for (shape, n), r in large_models(records).iterrows():
+        name = ('scaling', shape, 'on', str(n))
+        out |= {macro_name(*name, 'memory'): f'{r.gigabytes:.0f}', macro_name(*name, 'tokens'): f'{r.tokens_per_second:,.0f}', macro_name(*name, 'of', 'peak'): percent(r.utilisation, 0)}
+    return out | dict(ScalingNetwork=f'{c.network/1e9:.0f}', PlanGpus=f'{max(gpus(a, c), least_gpus(a)):,.0f}', PlanEverything=f'{gpus(replace(a, trained=1.), c):,.0f}', PlanCopy=str(least_gpus(a)), PlanHiding=f'{hiding_tokens(a, c):,.0f}')
+
+# %% ../nbs/84_planning.ipynb #48a809c9
+def write_scaling(
+    s, # the settings of an experiment, whose profile says where to
+    root=None, # the project's, if not given
+)->list: # of paths
+    "Write the numbers, from the paper's own records, whatever the profile; raises `ReportError`"
+    runs, efficiency = recorded('scaling', root), recorded('efficiency', root)
+    return [Artefacts(s.profile, root).write('tables', 'scaling_numbers.tex', macros(scaling_numbers(runs, efficiency)), [*runs, *efficiency], 'exp_efficiency')]
