@@ -165,8 +165,8 @@ def write_compute(
     from sage_paper.report import Artefacts
     base = Path(root or find_root())
     used, out = compute_used(base), Artefacts(s.profile, root)
-    return [out.write('tables', 'compute.tex', compute_latex(used), [dict(key=k) for u in used for k in u['keys']], 'exp_efficiency'),
-            out.write('tables', 'settings.tex', settings_latex(base), [], 'exp_efficiency')]
+    files, records = {'compute.tex': compute_latex(used), 'settings.tex': settings_latex(base)}, [dict(key=k) for u in used for k in u['keys']]
+    return [out.write('tables', name, content, records, '86_inventory') for name, content in files.items()]
 
 # %% ../nbs/86_inventory.ipynb #272ebee6
 DETAIL = ('items', 'log', 'errors', 'seconds', 'levels')   # of a result: by query, along the way, or no measure

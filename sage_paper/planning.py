@@ -178,4 +178,4 @@ def write_scaling(
 )->list: # of paths
     "Write the numbers, from the paper's own records, whatever the profile; raises `ReportError`"
     runs, efficiency = recorded('scaling', root), recorded('efficiency', root)
-    return [Artefacts(s.profile, root).write('tables', 'scaling_numbers.tex', macros(scaling_numbers(runs, efficiency)), [*runs, *efficiency], 'exp_efficiency')]
+    return [Artefacts(s.profile, root).write('tables', 'scaling_numbers.tex', macros(scaling_numbers(runs, efficiency)), [*runs, *efficiency], '84_planning')]
