@@ -37,7 +37,7 @@ class Profile:
     precision: Literal['auto', 'fp32', 'bf16']   # `auto`: bf16 autocast where the device computes in it
     seeds: tuple[int, ...]                       # one run a seed; these are reported
     tuning_seeds: tuple[int, ...]                # never reported: learning rates are chosen on these
-    jobs: int                                    # runs at the same time on one machine, or on one GPU of a cluster
+    jobs: int                                    # runs at the same time on one machine, or on each GPU; 1: one in all
     jobs_gpu_gb: float                           # GPU memory that a run may take, in GB: fewer at a time where less is free
 
 # %% ../nbs/00_config.ipynb #94cb7156

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from .config import Profile, find_root, load_settings
-from .engines import Lost, engine_name, jobs_that_fit, on_joblib, on_ray
+from .engines import Lost, engine_name, jobs_that_fit, on_joblib, on_ray, visible_gpus
 from .ranks import ranks
 
 # %% ../nbs/60_records.ipynb #10e01af0
@@ -203,9 +203,9 @@ def _attempt(run, experiment, version, folder, spec):
     except FAILURES as e: return told(e)
     return ''
 
-def _here(run, experiment, version, todo, folder, jobs):
+def _here(run, experiment, version, todo, folder, jobs, gpus):
     "Make runs on this machine: each process locks, runs and writes. Yields (key, what went wrong)"
-    for key, said in on_joblib(partial(_attempt, run, experiment, version, folder), todo.items(), jobs):
+    for key, said in on_joblib(partial(_attempt, run, experiment, version, folder), todo.items(), jobs, gpus):
         if isinstance(said, Lost): keep(failure(said), experiment, version, todo[key], folder)
         yield key, str(said)
 
@@ -251,7 +251,7 @@ def _on_cluster(run, experiment, version, todo, folder, jobs):
 def sweep(
     run, experiment:str, version:int,
     specs:list, # of dict
-    folder:Path, jobs=1, # runs at a time
+    folder:Path, jobs=1, # runs at a time, on each GPU; 1: one in all
     memory=0., # GPU memory of a run, GB; 0: not known
 )->list: # of records, in the order of `specs`
     "All runs, loaded or made by the engine that `SAGE_ENGINE` names; raises `RecordError` naming those that failed"
@@ -260,7 +260,7 @@ def sweep(
     todo = {record_key(experiment, version, s): s for s in specs if not record_path(experiment, version, s, folder).exists()}
     if todo: check_folder(folder)
     if engine_name() == 'ray': made = _on_cluster(run, experiment, version, todo, folder, jobs)
-    else: made = _here(run, experiment, version, todo, folder, jobs_that_fit(jobs if todo else 1, memory))
+    else: made = _here(run, experiment, version, todo, folder, jobs_that_fit(jobs if todo else 1, memory), visible_gpus() if todo and jobs > 1 and memory else ())
     failed = [f'{key}: {said}' for key, said in tqdm(made, total=len(todo), desc=experiment, disable=None) if said]
     if failed: raise RecordError(f'{len(failed)} of {len(specs)} runs failed:\n' + '\n'.join(failed))
     return [run_or_load(run, experiment, version, s, folder) for s in specs]
