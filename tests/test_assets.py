@@ -210,5 +210,6 @@ def test_the_registry_is_sane(root):
     for name, a in assets.items():
         assert re.fullmatch('[0-9a-f]{64}', a.sha256) and a.bytes > 0
         assert re.fullmatch(r'[a-z0-9-]+(/[\w.-]+)+', name) and '..' not in name
-        assert a.url == '' or re.fullmatch(r'https://[\w.-]+/[^\s]+|pip:[\w-]+==[\w.]+![\w./-]+', a.url)
+        assert a.url == '' or re.fullmatch(r'https://[\w.-]+/[^\s]+|pip:[\w-]+==[\w.]+![\w./-]+|join:[\w./ -]+', a.url)
+        if a.url.startswith('join:'): assert sum(assets[part].bytes for part in a.url.removeprefix('join:').split()) == a.bytes
     assert {a.name for a in assets.values() if not a.url} == {'tldr-pages/added.tsv', 'tldr-pages/pages.tar.gz'}
