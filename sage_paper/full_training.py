@@ -117,7 +117,7 @@ def train_adaptively(
     encoded:list,    # of `Encoded`
     order:list,      # indices into `encoded`, as they arrive
     batch_size:int, stream:AdaptiveStream, # of that trainer
-    checkpoint=None, # where to keep how far it has come; stays at the end, with what has come out
+    checkpoint=None, # where to keep how far it has come; stays at the end, for what comes after may be stopped as well
     pause=60.,       # seconds between two checkpoints, at least
 ):
     "Every sample arrives once; steps train on what arrives and on as much replay as it takes, until the trainer's total is reached"
@@ -138,7 +138,6 @@ def train_adaptively(
                 with trainer.watch.paused(): save_checkpoint(dict(learner=progress.state()), path)
                 saved = time.monotonic()
         stream.finish()
-    if path: save_checkpoint(dict(learner=progress.state()), path)
 
 # %% ../nbs/39_full_training.ipynb #8bb52dd0
 class Successes(BestAnswers):
