@@ -290,6 +290,27 @@ def test_a_run_that_was_killed_starts_over(settings, records, tmp_path, how, mon
 
 # ---- The table
 
+@pytest.mark.parametrize('variant', ['full', 'no_ssis'])
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bits(settings, records, tmp_path, variant, monkeypatch):
+    "Power cuts after random numbers of steps, in the stream and in practice"
+    monkeypatch.setenv('SAGE_CHECKPOINT_DIR', str(tmp_path))
+    spec, step, rng, stops = full_training_spec(settings, variant, 0), Trainer.step, np.random.default_rng(0), 0
+    want = next(r['result'] for r in records if r['spec'] == spec)
+    while True:
+        left = int(rng.integers(1, 6)) if stops < 8 else 10**6
+        def cut(self, *args, **kwargs):
+            nonlocal left
+            if not left: raise KeyboardInterrupt
+            left -= 1
+            return step(self, *args, **kwargs)
+        monkeypatch.setattr(Trainer, 'step', cut)
+        try: found = run_full_training(spec, pause=0.)
+        except KeyboardInterrupt: stops += 1
+        else: break
+    assert stops >= 3 and timeless(found) == timeless(want)
+    assert not [*tmp_path.glob('*.safetensors')]
+
+
 def made_up(variant, seed, tool, plan, tool_before=None, ids='abcd'):
     def part(field, right, **more): return dict(items={field: right} | more, arguments=False, n_train=5, n_tools=3, tokens=40)
     def answered(tool): return {'selection/toolstream': part('name', tool), 'planning/sageworld': part('node_f1', [float(x) for x in plan], success=plan)}
