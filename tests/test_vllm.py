@@ -129,7 +129,7 @@ def killed(server, lm):
             except IncompleteBatch as e: out.error = e
             out.stats = c.stats()
     clients, hasty, patient = [], SimpleNamespace(), SimpleNamespace()
-    threads = [threading.Thread(target=ask, args=x, daemon=True) for x in ((3, 256, 16, hasty), (30, 32, 16, patient))]
+    threads = [threading.Thread(target=ask, args=x, daemon=True) for x in ((3, 256, 16, hasty), (150, 32, 16, patient))]
     for t in threads: t.start()
     while len(clients) < 2 or min(c.stats()['requests'] for c in clients) < 10:
         assert all(t.is_alive() for t in threads)
