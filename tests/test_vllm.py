@@ -123,7 +123,7 @@ def test_greedy_answers_are_those_of_the_model_in_this_process_or_part_where_two
 def killed(server, lm):
     "What two clients have of a batch in whose middle the server was killed: one that gives up soon, and one that does not; and the server that took its place"
     def ask(attempts, n, new, out):
-        with UnifiedInferenceClient(Server(server.url, 'smollm2-135m-instruct', KEY), concurrency=8, attempts=attempts) as c:
+        with UnifiedInferenceClient(Server(server.url, 'smollm2-135m-instruct', KEY), concurrency=8, attempts=attempts, deadline=1200) as c:
             clients.append(c)
             try: out.answers = c.chats(PLAIN[:n], max_new_tokens=new)
             except IncompleteBatch as e: out.error = e
