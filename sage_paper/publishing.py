@@ -112,7 +112,7 @@ def limits(
 )->list: # of sentences
     "What an agent is not good for"
     n = min(part['scores']['n'] for part in record['result']['parts'].values())
-    out = ['It answers with a JSON list of calls and with nothing else. It is no assistant to talk to.',
+    out = ['It was trained to answer with a JSON list of calls and with nothing else. It is no assistant to talk to.',
            'It knows the tools of its training and no others: it was asked without documents of tools. For a query that needs another tool it may invent one, or take a wrong one.',
            'Its calls can be wrong, and nothing in it keeps it from a call that does harm. Check each one before it is run.' + ' Its command lines are those of real programs, which can delete data.'*('toolstream' in record['spec']['data']),
            'All of its training is in English.',
@@ -182,6 +182,7 @@ def export_agent(
         GenerationConfig(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, do_sample=False).save_pretrained(tmp)
         (Path(tmp)/'README.md').write_text(str(card), encoding='utf-8')
         if record: (Path(tmp)/'record.json').write_text(json.dumps(record, indent=1, sort_keys=True) + '\n', encoding='utf-8')
+        for p in Path(tmp).iterdir(): p.chmod(0o644)   # safetensors' own is for nobody else to read
         os.chmod(tmp, 0o755)
         os.rename(tmp, folder)
         os.mkdir(tmp)   # for who cleans it up

@@ -54,6 +54,7 @@ def test_the_folder_has_what_vllm_and_the_hub_look_for(exported, record):
     template = (folder/'chat_template.jinja').read_text() if (folder/'chat_template.jinja').exists() else json.loads((folder/'tokenizer_config.json').read_text())['chat_template']
     assert '<|im_start|>' in template and json.loads((folder/'config.json').read_text())['architectures'] == ['LlamaForCausalLM']
     assert json.loads((folder/'record.json').read_text()) == record and stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o644}
 
 
 def test_the_code_in_the_card_runs(exported, monkeypatch, capsys):
