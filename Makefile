@@ -15,7 +15,7 @@ PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(shell grep -m1 '"$e"' tables/ma
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
 
-.PHONY: paper figures publish test pytest peers smoke notebooks check bench lab docs vllm serve setup clean
+.PHONY: paper figures publish test pytest peers smoke notebooks cards check bench lab docs hooks vllm serve setup clean
 .DELETE_ON_ERROR:
 
 paper: figures
@@ -53,6 +53,10 @@ notebooks: $(READY)
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
+# The data cards, from the data.
+cards: $(READY)
+	$(BIN)/python -m sage_paper.data_cards
+
 # What is committed is what comes out: notebooks, library, figures, tables, PDF.
 check: notebooks paper
 	git diff --exit-code --stat
@@ -78,6 +82,10 @@ endif
 $(DOCS_READY): $(READY)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@rm -f .venv/.ready-docs-* && touch $@
+
+# Before each commit: clean notebooks, the library they export, and the house rules.
+hooks: $(READY)
+	$(BIN)/pre-commit install
 
 # vLLM in an environment of its own, since it brings its own PyTorch: for the GPU if there is one, else for the CPU.
 # The CPU's wheel asks for packages that break beside this PyTorch, and is not found under the name that its command looks for.

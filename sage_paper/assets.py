@@ -19,13 +19,14 @@ class Asset:
     bytes: int
     sha256: str
     url: str     # where from: `https://…`, `pip:<package>==<version>!<path in the wheel>`, or `join:<names of assets>`; '' if it is derived
+    licence: str = ''   # an SPDX identifier, or its name
 
 # %% ../nbs/02_assets.ipynb #8fa502ac
 def registry()->dict[str, Asset]: # by name
     "All assets, from the table that travels with the package"
     with open(Path(__file__).with_name('registry.tsv'), newline='') as f:
         rows = csv.DictReader(f, delimiter='\t')
-        return {r['name']: Asset(r['name'], int(r['bytes']), r['sha256'], r['url']) for r in rows}
+        return {r['name']: Asset(r['name'], int(r['bytes']), r['sha256'], r['url'], r['licence']) for r in rows}
 
 # %% ../nbs/02_assets.ipynb #7ea1999c
 class AssetError(RuntimeError):

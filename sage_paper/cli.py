@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['DEFINED', 'CODES', 'answers_for', 'asked', 'scores_by_challenge', 'show_scores', 'score_command', 'answers_of',
-           'evaluate_command', 'serve_command', 'listing', 'list_command', 'announce', 'terminal', 'agreed', 'start',
-           'experiment_command', 'known_profile', 'choose', 'by_number', 'menu_command', 'list_runs_command',
-           'show_runs_command', 'compare_runs_command', 'prune_runs_command', 'main']
+           'evaluate_command', 'serve_command', 'export_command', 'data_command', 'listing', 'list_command', 'announce',
+           'terminal', 'agreed', 'start', 'experiment_command', 'known_profile', 'choose', 'by_number', 'menu_command',
+           'list_runs_command', 'show_runs_command', 'compare_runs_command', 'prune_runs_command', 'track_runs_command',
+           'main']
 
 # %% ../nbs/89_cli.ipynb #bb74869e
 import argparse, json, os, shutil, sys, textwrap
 from pathlib import Path
 from .assets import AssetError
-from .config import SettingsError, find_root
+from .config import SettingsError, find_root, load_settings, read_changes
 from .engines import ENGINES, engine_name, find_ray
 from .estimates import estimate, in_words, measured, noted
-from .experiments import CATALOGUE, State, find_experiment, kind, nearest, profiles, remembered, state, title_and_question, work_out
+from .experiments import CATALOGUE, State, find_experiment, kind, nearest, profiles, record_files, remembered, state, title_and_question, work_out
 from .inventory import commit_dates, compare, entries, find_record, prunable, prune, record_folders, show, table
 from .ranks import launched
 from .running import Interrupted, Plan, RunFailed, interruptible, make_plan, run_plan
@@ -126,6 +127,21 @@ def serve_command(a)->int: # exit code
     except KeyboardInterrupt: return 0
     print(f'sage-paper: vLLM ended by itself, with {code}. The end of its log:\n{server.said()}', file=sys.stderr)
     return 1
+
+# %% ../nbs/89_cli.ipynb #07ba786a
+def export_command(a):
+    "`sage-paper export`"
+    root = find_root()
+    s = load_settings('full_training', known_profile(a.profile, root), root/'settings.ini', **(read_changes(a.changes, 'full_training') if a.changes else {}))
+    from sage_paper.trained_agent import train_and_export   # from here on it takes long
+    print(f'training, profile {s.profile}, variant {a.variant}; then {a.folder}', flush=True)
+    with interruptible(): record = train_and_export(s, a.folder, a.variant, a.seed)
+    print(f'done in {in_words(record["seconds"])}; {a.folder / "README.md"} says how to use it')
+
+def data_command(a):
+    "`sage-paper data`"
+    from sage_paper.data_cards import write_described
+    print(*write_described(a.name, a.folder), sep='\n')
 
 # %% ../nbs/89_cli.ipynb #7a87e568
 def listing(
@@ -264,6 +280,17 @@ def prune_runs_command(a):
     what = f'{len(found)} files, {size/1e6:.1f} MB' + f'; {committed} of them are committed, so git can bring them back'*bool(committed)
     print(f'deleted: {what}' if a.yes else f'{what}. Nothing was deleted yet: --yes does it' if found else 'nothing to delete')
 
+def track_runs_command(a):
+    "`sage-paper runs track`"
+    from tqdm import tqdm
+    from sage_paper.records import read_record
+    from sage_paper.tracking import TRACKERS, track, tracker_name
+    root = find_root()
+    if not (name := tracker_name()): raise SettingsError(f'no tracker to send them to: name one in SAGE_TRACKER ({", ".join(TRACKERS)})')
+    paths = [p for _, _, folder in record_folders(root, a.experiment and find_experiment(a.experiment), a.profile) for p in record_files(folder)]
+    for p in tqdm(paths, desc=name, disable=None, leave=False): track(read_record(p))
+    print(f'{len(paths)} records sent to {name}')
+
 # %% ../nbs/89_cli.ipynb #4928c4f4
 def _metrics(commands):
     "The commands for other data and models"
@@ -294,6 +321,21 @@ def _metrics(commands):
     v.add_argument('--adapters', action='store_true', help='take in LoRA weights while it runs')
     v.set_defaults(run=serve_command)
 
+# %% ../nbs/89_cli.ipynb #e418f0a1
+def _publishing(commands):
+    "The commands for what others load"
+    x = commands.add_parser('export', help='Train an agent, and write it down with a model card.', description='Train the default model as full_training does, and write it to a folder that transformers and vLLM load, with a card of that very run. It takes as long as one run of the experiment.')
+    x.add_argument('folder', type=Path, metavar='FOLDER', help='new, or empty')
+    x.add_argument('--profile', metavar='P', default='smoke', help='which settings (default: smoke, which shows the format only; paper takes minutes on a GPU)')
+    x.add_argument('--variant', metavar='V', default='full', help='full, or without a part, such as no_rl (default: full)')
+    x.add_argument('--seed', type=int, metavar='N', help='(default: the first of the profile)')
+    x.add_argument('--config', dest='changes', type=Path, metavar='FILE', help='YAML that changes settings of the profile')
+    x.set_defaults(run=export_command)
+    d = commands.add_parser('data', help='Write SageWorld or ToolStream to files, with a data card.', description='Write the samples and tools that a data card describes as JSON Lines, and the card, in Croissant, beside them.')
+    d.add_argument('name', choices=['sageworld', 'toolstream'])
+    d.add_argument('folder', type=Path, metavar='FOLDER')
+    d.set_defaults(run=data_command)
+
 # %% ../nbs/89_cli.ipynb #7f1c1984
 def _runs(commands):
     "The commands for records"
@@ -304,6 +346,7 @@ def _runs(commands):
         p.set_defaults(run=run)
         return p
     for name, run, about in (('list', list_runs_command, 'Each record: key, date, seconds, whether the settings ask for it, and what it is of.'),
+                             ('track', track_runs_command, 'Send records to the tracker that SAGE_TRACKER names, trackio or mlflow.'),
                              ('prune', prune_runs_command, 'Records that no settings ask for, locks that nobody holds, and notes of failures: show them, or delete them.')):
         p = action(name, run, about)
         p.add_argument('experiment', nargs='?', metavar='EXPERIMENT', help='an id; all experiments, if not given')
@@ -328,6 +371,7 @@ def _parser():
     commands = p.add_subparsers(metavar='COMMAND')
     _runs(commands)
     _metrics(commands)
+    _publishing(commands)
     return p
 
 # %% ../nbs/89_cli.ipynb #8a6e69d8

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL_TRAINING_VERSION', 'TERMS', 'CHANGES', 'RL_ONLY', 'UNUSED', 'term_weights', 'stream_parts', 'ground_digest',
-           'full_training_spec', 'learn_stream', 'learn_batch', 'learn_own', 'asked', 'run_full_training',
-           'full_training_specs', 'full_training_records']
+           'full_training_spec', 'learn_stream', 'learn_batch', 'learn_own', 'asked', 'train_agent',
+           'run_full_training', 'full_training_specs', 'full_training_records']
 
 # %% ../nbs/76_full_training_runs.ipynb #bc0abc83
 import dataclasses
@@ -148,10 +148,10 @@ def asked(
     written = [(p, METHODS['sage'].write(c, p)) for p in parts]
     return {f'{p.challenge}/{p.name}': scored(p, w.texts) | dict(n_train=len(p.train), n_tools=len(p.tools), tokens=w.tokens) for p, w in written}
 
-def run_full_training(
+def train_agent(
     spec:dict, # as from `full_training_spec`
     pause=60., # seconds of work between two checkpoints, at least
-)->dict: # the record's result
+)->tuple: # (`LM`, the record's result)
     "One variant with one seed, from the released model to the last answer"
     import gc, torch
     from sage_paper.model import encode, load_lm
@@ -166,10 +166,14 @@ def run_full_training(
     budget, memory, told = (learn_batch if s.training == 'batch' else learn_stream)(s, lm, encoded, total - own, stream, pause)
     gc.collect()   # the optimizer
     result = dict(parts=asked(s, lm, parts), stages=dict(stream=dataclasses.asdict(budget) | told), before={}, arrived=len(encoded), remembered=len(memory))
-    if not own: return _done(result, stream)
+    if not own: return lm, _done(result, stream)
     before = {k: p | dict(items={f: v for f, v in p['items'].items() if f not in ('id', 'cluster')}) for k, p in result['parts'].items()}   # these are the same
     budget, told = learn_own(s, lm, ground, memory, own, rl, pause)
-    return _done(result | dict(parts=asked(s, lm, parts), before=before, stages=result['stages'] | dict(rl=dataclasses.asdict(budget) | told)), stream)
+    return lm, _done(result | dict(parts=asked(s, lm, parts), before=before, stages=result['stages'] | dict(rl=dataclasses.asdict(budget) | told)), stream)
+
+def run_full_training(spec, pause=60.)->dict: # as for `train_agent`; the record's result
+    "The same, and the model is let go"
+    return train_agent(spec, pause)[1]
 
 def _done(result, checkpoint):
     "The result of a run, which needs its checkpoint no more"

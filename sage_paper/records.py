@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'PACKAGES', 'FAILURES', 'canonical', 'record_key', 'run_settings', 'bits', 'unbits', 'pack', 'unpack',
            'write_atomically', 'RecordError', 'read_record', 'revision', 'environment', 'carry_out', 'told', 'failure',
-           'record_path', 'keep', 'check_folder', 'run_or_load', 'runs_dir', 'sweep', 'experiment_records',
+           'record_path', 'as_record', 'keep', 'check_folder', 'run_or_load', 'runs_dir', 'sweep', 'experiment_records',
            'best_rates']
 
 # %% ../nbs/60_records.ipynb #24287897
@@ -17,6 +17,7 @@ import numpy as np
 from .config import Profile, find_root, load_settings
 from .engines import Lost, engine_name, jobs_that_fit, on_joblib, on_ray, visible_gpus
 from .ranks import ranks
+from .tracking import find_tracker, track
 
 # %% ../nbs/60_records.ipynb #10e01af0
 def canonical(
@@ -148,15 +149,22 @@ def record_path(
     "Where a run's record is, or will be"
     return folder/f'{record_key(experiment, version, spec)}.{ending}'
 
-def keep(
+def as_record(
     end:dict, # as from `carry_out` or `failure`
-    experiment:str, version:int, spec:dict, folder:Path,
+    experiment:str, version:int, spec:dict,
+)->dict:
+    "The whole record, or the whole note"
+    return dict(key=record_key(experiment, version, spec), experiment=experiment, version=version, spec=json.loads(canonical(spec))) | end
+
+def keep(end, experiment, version, spec, # as for `as_record`
+    folder:Path,
 ):
-    "Write a run's record, or the note of its failure"
-    failed = record_path(experiment, version, spec, folder, 'failed.json')
-    head = dict(key=record_key(experiment, version, spec), experiment=experiment, version=version, spec=json.loads(canonical(spec)))
-    write_atomically(record_path(experiment, version, spec, folder) if 'result' in end else failed, canonical(head | end) + '\n')
-    if 'result' in end: failed.unlink(missing_ok=True)
+    "Write a run's record, and tell the tracker, if there is one, or write the note of its failure; raises `TrackingError`"
+    failed, record = record_path(experiment, version, spec, folder, 'failed.json'), as_record(end, experiment, version, spec)
+    write_atomically(record_path(experiment, version, spec, folder) if 'result' in end else failed, canonical(record) + '\n')
+    if 'result' in end:
+        failed.unlink(missing_ok=True)
+        track(record)
 
 # %% ../nbs/60_records.ipynb #a9f51f05
 def check_folder(folder:Path):
@@ -175,7 +183,7 @@ def run_or_load(
     of, team = (experiment, version, spec, folder), ranks()
     path, first = record_path(*of), team.rank == 0
     if not team.agree(path.exists()):
-        if first: check_folder(folder)
+        if first: check_folder(folder); find_tracker()
         with FileLock(record_path(*of, 'lock')) if first else nullcontext():
             if not team.agree(path.exists()): _make(run, of, first)
     return team.agree(read_record(path) if first else None)
@@ -258,7 +266,7 @@ def sweep(
     from tqdm import tqdm
     if ranks().size > 1: return [run_or_load(run, experiment, version, s, folder) for s in specs]   # all of them at work on each
     todo = {record_key(experiment, version, s): s for s in specs if not record_path(experiment, version, s, folder).exists()}
-    if todo: check_folder(folder)
+    if todo: check_folder(folder); find_tracker()
     if engine_name() == 'ray': made = _on_cluster(run, experiment, version, todo, folder, jobs)
     else: made = _here(run, experiment, version, todo, folder, jobs_that_fit(jobs if todo else 1, memory), visible_gpus() if todo and jobs > 1 and memory else ())
     failed = [f'{key}: {said}' for key, said in tqdm(made, total=len(todo), desc=experiment, disable=None) if said]
