@@ -19,7 +19,7 @@ class Asset:
     bytes: int
     sha256: str
     url: str     # where from: `https://…`, `pip:<package>==<version>!<path in the wheel>`, or `join:<names of assets>`; '' if it is derived
-    licence: str = ''   # an SPDX identifier, or its name
+    licence: str = ''   # an SPDX identifier, or the hub's where there is none
 
 # %% ../nbs/02_assets.ipynb #8fa502ac
 def registry()->dict[str, Asset]: # by name

@@ -15,7 +15,7 @@ from .datasets import DATASETS
 from .model import LM, SYSTEM, no_progress
 
 # %% ../nbs/43_publishing.ipynb #cfb9ea48
-HUB = {'smollm2-135m-instruct': 'HuggingFaceTB/SmolLM2-135M-Instruct'}   # a name in `MODELS` → the same on the hub
+HUB = {'smollm2-135m-instruct': 'HuggingFaceTB/SmolLM2-135M-Instruct', 'gemma3-270m': 'google/gemma-3-270m'}   # a name in `MODELS` → the same on the hub
 
 def base_of(
     model:str, # as for `weights_dir`
