@@ -10,7 +10,6 @@ from sources import lay_out
 project = html_title = 'SAGE-Agent'
 author = 'The SAGE-Agent authors'
 extensions = ['myst_nb', 'sphinxcontrib.bibtex']
-exclude_patterns = ['README.md']   # of which index.md shows a part
 
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 4

@@ -19,12 +19,12 @@ def lay_out(
     texts = {p: p.read_text(encoding='utf-8') for p in (root/'README.md', *sorted((root/'docs').glob('*.md')))}
     notebooks = {p: nbformat.read(p, 4) for p in sorted((root/'nbs').glob('*.ipynb'))}
     cited = {*re.findall(r'^@\w+\{([^,]+),', bibliography, re.M)}
-    pages = {p.name: at_the_top(t) if p.parent.name == 'docs' else t for p, t in texts.items()}
+    pages = {p.name: at_the_top(t) for p, t in texts.items()}
     pages['references.bib'] = bibliography.replace(r'{\i}', 'i')   # the dotless i below an accent, which Sphinx's reader of BibTeX takes for a letter of its own
     pages |= {f'nbs/{p.name}': notebook_page(with_outputs(nb, root/'paper/build/nbs'/p.name), cited) for p, nb in notebooks.items()}
     pages |= {f'reference/{name}.md': text for name, text in reference(root/'sage_paper', [*filter(None, map(exports, notebooks.values()))]).items()}
     texts |= {p: '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown') for p, nb in notebooks.items()}
-    files = {f for p, text in texts.items() if p.name != 'README.md' for f in linked_files(text, p.parent, root)}
+    files = {f for p, text in texts.items() for f in linked_files(text, p.parent, root)}
     for p in [p for p in folder.rglob('*') if p.is_file() and p.relative_to(folder).as_posix() not in {*pages, *files}]: p.unlink()
     for name, text in pages.items(): write(folder/name, text.encode())
     for name in files: write(folder/name, (root/name).read_bytes())
@@ -38,8 +38,8 @@ def write(path:Path, data:bytes):
 
 
 def at_the_top(text:str)->str:
-    "A page of docs/ with the links that it has one folder higher up, where the site has it"
-    return re.sub(r'(\]\(|\{include\} )\.\./', r'\1', text)
+    "A page of docs/, or one that links to such, with the links that it has where the site has the pages of docs/: one folder higher up"
+    return re.sub(r'(\]\(|\{include\} )(?:\.\./|docs/)', r'\1', text)
 
 
 def linked_files(
@@ -70,7 +70,7 @@ def with_outputs(
 
 def notebook_page(nb, cited:set)->str: # JSON
     "A notebook as a page: without nbdev's directives, with a target at each exported cell, with citations and a link to the reference"
-    cells = [x for c in nb.cells for x in (code_cells(c) if c.cell_type == 'code' else [markdown_cell(c.id, cite(c.source, cited))])]
+    cells = [x for c in nb.cells for x in (code_cells(c) if c.cell_type == 'code' else [markdown_cell(c.id, cite(c.source.replace('](../docs/', '](../'), cited))])]
     metadata = nb.metadata | dict(language_info=dict(name='python', pygments_lexer='ipython3'))
     return json.dumps(nb | dict(cells=cells, metadata=metadata))
 

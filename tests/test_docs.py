@@ -88,7 +88,7 @@ def laid_out(tmp_path_factory):
 def test_every_page_is_listed_once(laid_out):
     patterns = [line for block in re.findall(r'^```\{toctree\}\n(.*?)^```$', (laid_out/'index.md').read_text(), re.M | re.S) for line in block.splitlines() if line and line[0] != ':']
     names = [re.sub(r'.*<(.+)>', r'\1', p) for p in patterns]
-    pages = {p.relative_to(laid_out).with_suffix('').as_posix() for p in laid_out.rglob('*') if p.suffix in ('.md', '.ipynb')} - {'README', 'index'}
+    pages = {p.relative_to(laid_out).with_suffix('').as_posix() for p in laid_out.rglob('*') if p.suffix in ('.md', '.ipynb')} - {'index'}
     found = {page: [n for n in names if fnmatch.fnmatchcase(page, n)] for page in pages if page == 'reference/index' or not page.startswith('reference/')}
     library = {page: n for page, n in found.items() if re.match(r'nbs/\d', page)}
     assert {page: n for page, n in found.items() if not n} == {} == {page: n for page, n in library.items() if len(n) > 1}
@@ -174,10 +174,10 @@ def pour(a, b:list[int]=()): return a   # not said of one
 
 def test_a_notebook_becomes_a_page(tmp_path):
     v4 = nbformat.v4
-    cells = [v4.new_markdown_cell('# Tea (`known2020tea`, `other2020tea`)'), v4.new_code_cell('#| default_exp tea'), v4.new_code_cell('#| hide\nimport x'), v4.new_code_cell('#| export\ndef f(): 1', id='abc'), v4.new_code_cell('f()')]
+    cells = [v4.new_markdown_cell('# Tea (`known2020tea`, `other2020tea`, [how](../docs/how.md))'), v4.new_code_cell('#| default_exp tea'), v4.new_code_cell('#| hide\nimport x'), v4.new_code_cell('#| export\ndef f(): 1', id='abc'), v4.new_code_cell('f()')]
     nb = v4.new_notebook(cells=cells)
     page = nbformat.reads(notebook_page(nb, {'known2020tea'}), 4)
-    assert [c.source for c in page.cells] == ['# Tea ({cite:alp}`known2020tea`, `other2020tea`)', 'In the reference: [tea](../reference/tea.md).', '(cell-abc)=', 'def f(): 1', 'f()']
+    assert [c.source for c in page.cells] == ['# Tea ({cite:alp}`known2020tea`, `other2020tea`, [how](../how.md))', 'In the reference: [tea](../reference/tea.md).', '(cell-abc)=', 'def f(): 1', 'f()']
     done = v4.new_notebook(cells=[*cells[:1], v4.new_code_cell('x = 1', metadata=dict(tags=['injected-parameters'])), *cells[1:]])
     nbformat.write(done, tmp_path/'run.ipynb')
     assert len(with_outputs(nb, tmp_path/'run.ipynb').cells) == 6 and with_outputs(nb, tmp_path/'none.ipynb') is nb
@@ -186,7 +186,7 @@ def test_a_notebook_becomes_a_page(tmp_path):
 
 
 def test_a_page_is_moved_to_the_top(tmp_path):
-    assert at_the_top('[a](../nbs/a.ipynb) [b](c.md) ```{include} ../README.md') == '[a](nbs/a.ipynb) [b](c.md) ```{include} README.md'
+    assert at_the_top('[a](../nbs/a.ipynb) [b](c.md) [d](docs/d.md) ```{include} ../README.md') == '[a](nbs/a.ipynb) [b](c.md) [d](d.md) ```{include} README.md'
     (tmp_path/'a.ini').write_text('')
     assert linked_files('[a](../a.ini) [b](../b.ini) [c](../c.md) [d](https://example.org/a.ini)', tmp_path/'docs', tmp_path) == {'a.ini'}
 
