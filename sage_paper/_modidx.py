@@ -1020,7 +1020,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sage_paper.inventory.differing': ('inventory.html#differing', 'sage_paper/inventory.py'),
                                       'sage_paper.inventory.entries': ('inventory.html#entries', 'sage_paper/inventory.py'),
                                       'sage_paper.inventory.find_record': ('inventory.html#find_record', 'sage_paper/inventory.py'),
-                                      'sage_paper.inventory.flat': ('inventory.html#flat', 'sage_paper/inventory.py'),
                                       'sage_paper.inventory.headline': ('inventory.html#headline', 'sage_paper/inventory.py'),
                                       'sage_paper.inventory.leftovers': ('inventory.html#leftovers', 'sage_paper/inventory.py'),
                                       'sage_paper.inventory.named': ('inventory.html#named', 'sage_paper/inventory.py'),

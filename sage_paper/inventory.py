@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETAIL', 'read_ends', 'find_record', 'differing', 'named', 'commit_dates', 'Entry', 'entries', 'table',
-           'compute_used', 'compute_latex', 'settings_latex', 'write_compute', 'headline', 'flat', 'show', 'compare',
+           'compute_used', 'compute_latex', 'settings_latex', 'write_compute', 'headline', 'show', 'compare',
            'Leftover', 'leftovers', 'asked_by_settings', 'record_folders', 'prunable', 'prune']
 
 # %% ../nbs/86_inventory.ipynb #23f2af64
@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from .config import Profile, SettingsError, find_root, load_settings
 from .experiments import CATALOGUE, nearest, profiles, record_files, title_and_question, work_out
+from .tracking import flat_settings
 
 # %% ../nbs/86_inventory.ipynb #aa67d9da
 def read_ends(
@@ -187,13 +188,6 @@ def headline(
     return {k: v for label, x in zip(own, o) for k, v in headline({k: v for k, v in x.items() if isinstance(v, float)}, f'{name}/{label}').items()}
 
 # %% ../nbs/86_inventory.ipynb #93ae848b
-def flat(
-    o:dict, # nested
-    name='',
-)->dict: # dotted name → JSON value
-    "A description without nesting"
-    return {k: v for key, part in o.items() for k, v in (flat(part, f'{name}{key}.') if isinstance(part, dict) else {f'{name}{key}': part}).items()}
-
 def show(
     path:Path, # of a record
 )->str:
@@ -201,8 +195,8 @@ def show(
     from sage_paper.records import read_record
     r = read_record(path)
     def block(title, lines): return [title, *(f'  {k:<{max(map(len, lines), default=0)}}  {v}' for k, v in lines.items())]
-    text = {k: json.dumps(v) if isinstance(v, list) else v for k, v in flat(r['spec']).items()}
-    made = dict(seconds=f'{r["seconds"]:.1f}') | flat(r['environment'])
+    text = {k: json.dumps(v) if isinstance(v, list) else v for k, v in flat_settings(r['spec']).items()}
+    made = dict(seconds=f'{r["seconds"]:.1f}') | flat_settings(r['environment'])
     return '\n'.join([f'{r["key"]}, a run of {path.parent.parent.name}/{path.parent.name}', *block('settings', text), *block('made in', made),
                       *block('measures', {k: f'{v:.4g}' for k, v in headline(r['result']).items()})])
 
@@ -213,7 +207,7 @@ def compare(
     "Two records as text: the settings in which they differ, and their measures side by side"
     from sage_paper.records import read_record
     a, b = map(read_record, (one, other))
-    sa, sb, ma, mb = flat(a['spec']), flat(b['spec']), headline(a['result']), headline(b['result'])
+    sa, sb, ma, mb = flat_settings(a['spec']), flat_settings(b['spec']), headline(a['result']), headline(b['result'])
     def rows(x, y, form): return [(k, *('-' if k not in d else form(d[k]) for d in (x, y))) for k in dict.fromkeys((*x, *y))]
     settings = [r for r in rows({'experiment': a['experiment'], **sa}, {'experiment': b['experiment'], **sb}, lambda v: v if isinstance(v, str) else json.dumps(v)) if r[1] != r[2]]
     measures = [(*r, f'{mb[r[0]] - ma[r[0]]:+.4g}' if r[0] in ma and r[0] in mb else '') for r in rows(ma, mb, '{:.4g}'.format)]

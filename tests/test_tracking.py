@@ -2,16 +2,18 @@
 import sys
 from types import SimpleNamespace
 
-import pytest
+import pandas as pd, pytest
 
 from conftest import ROOT
 from sage_paper.cli import main
 from sage_paper.config import SettingsError
-from sage_paper.inventory import flat
 from sage_paper.records import RecordError, read_record, run_or_load, sweep
 from sage_paper.tracking import TrackingError, by_step, flat_settings, points, said_of, track
 
 COMMITTED = [sorted(folder.glob('*.json'))[0] for folder in sorted((ROOT/'runs').glob('*/paper'))]
+
+
+def flat(nested): return pd.json_normalize(nested).iloc[0].to_dict()   # dotted names, by pandas
 
 
 class FakeMLflow(SimpleNamespace):
