@@ -203,7 +203,8 @@ class Tally:
     def stats(self)->dict:
         "Counts, tokens a second, and percentiles of the latency"
         counts = {k: getattr(self, k) for k in ('requests', 'failed', 'retried', 'prompt_tokens', 'completion_tokens')}
-        p = np.percentile(self.latencies, (50, 90, 99)) if self.latencies else [np.nan]*3
+        seconds = self.latencies[:]   # a copy, since an array that is being read refuses what the other thread appends
+        p = np.percentile(seconds, (50, 90, 99)) if seconds else [np.nan]*3
         return counts | dict(seconds=self.seconds, tokens_per_second=self.completion_tokens/self.seconds if self.seconds else 0., **{f'latency_p{k}': float(x) for k, x in zip((50, 90, 99), p)})
 
 # %% ../nbs/40_inference.ipynb #77ee06de

@@ -1,5 +1,6 @@
 "The inference client: order, attempts, deadlines, what is kept when something breaks, and what is never said"
 import asyncio, json, logging, signal, socket, subprocess, sys, threading, time
+from array import array
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -8,7 +9,7 @@ import pytest
 import sage_paper.client, sage_paper.inference
 from conftest import ROOT
 from sage_paper.client import LocalClient
-from sage_paper.inference import IncompleteBatch, InProcess, Interrupted, NoServer, Server, UnifiedInferenceClient, find_backend
+from sage_paper.inference import IncompleteBatch, InProcess, Interrupted, NoServer, Server, Tally, UnifiedInferenceClient, find_backend
 from sage_paper.model import encode, forward, tiny_lm
 from sage_paper.queries import sageworld_set
 
@@ -81,6 +82,21 @@ def test_answers_stand_where_their_questions_stood_and_not_too_many_are_asked_at
     with served(reply) as (url, seen), client_of(url, concurrency=9) as client:
         assert texts(client.chats(questions(*range(100)))) == [str(k) for k in range(100)]
         assert 1 < seen['most'] <= 9 and client.stats()['requests'] == client.stats()['completion_tokens'] == 100
+
+
+def test_counts_can_be_read_while_a_batch_goes_on():
+    tally, lost = Tally(latencies=array('f', range(10_000))), []
+    def work():
+        for k in range(5_000):
+            try: tally.latencies.append(k)
+            except BufferError as e: lost.append(e)
+            time.sleep(0)   # so that the other thread gets its turn between any two
+    thread = threading.Thread(target=work)
+    thread.start()
+    reads = 0
+    while thread.is_alive() or not reads: reads += tally.stats()['latency_p50'] > 0
+    thread.join()
+    assert reads and not lost and len(tally.latencies) == 15_000
 
 
 @pytest.mark.parametrize('status', [429, 500, 502, 503, 'hung up'])

@@ -153,6 +153,7 @@ def test_a_batch_whose_server_is_killed_ends_and_keeps_what_was_answered(killed)
 
 
 def test_one_whose_server_comes_back_in_time_is_answered_whole(killed):
+    if error := getattr(killed.patient, 'error', None): raise error
     answers, stats = killed.patient.answers, killed.patient.stats
     assert len(answers) == 32 and all(len(a.ids) for a, in answers) and len({a.prompt_ids for a, in answers}) == 32
     assert stats['retried'] > 0 and stats['failed'] == 0 and stats['requests'] == 32
