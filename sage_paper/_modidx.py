@@ -1461,6 +1461,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sage_paper.report.curve_frame': ('report.html#curve_frame', 'sage_paper/report.py'),
                                    'sage_paper.report.draw_curves': ('report.html#draw_curves', 'sage_paper/report.py'),
                                    'sage_paper.report.figure_bytes': ('report.html#figure_bytes', 'sage_paper/report.py'),
+                                   'sage_paper.report.in_booktabs': ('report.html#in_booktabs', 'sage_paper/report.py'),
                                    'sage_paper.report.item_means': ('report.html#item_means', 'sage_paper/report.py'),
                                    'sage_paper.report.latex_difference': ('report.html#latex_difference', 'sage_paper/report.py'),
                                    'sage_paper.report.latex_number': ('report.html#latex_number', 'sage_paper/report.py'),

@@ -17,7 +17,7 @@ from .config import Challenges, load_settings
 from .methods import METHODS, ten_documents
 from .records import best_rates, unbits
 from .samples import CHALLENGES
-from .report import Artefacts, ReportError, check_runs, latex_difference, macro_name, macros, percent, to_latex
+from .report import Artefacts, ReportError, check_runs, in_booktabs, latex_difference, macro_name, macros, percent, to_latex
 from .statistics import clustered_ratio, holm, paired_bootstrap
 
 # %% ../nbs/65_challenge_report.ipynb #5b768f92
@@ -148,8 +148,7 @@ def challenge_latex(
     seeds = any(METHODS[m].learn for m in s.methods)
     note = (f'Percent, $\\pm$ half the 95\\% interval over tools{" and seeds"*seeds}, none where every query is right or none is; empty where a method is not made for a challenge; up to {s.test_per_set:,} held-out queries a data set, {_behind(s)}; '
             f'profile {s.profile}. The two regimes are not comparable with each other.{f" {COSTS}" if more else ""}')
-    return '\n'.join([f'\\begin{{tabular}}{{l{"r"*(len(cols) + len(more))}}}', r'\toprule', *_heads(cols, more), r'\midrule', *blocks, r'\bottomrule', r'\end{tabular}',
-                      f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+    return in_booktabs([*_heads(cols, more), r'\midrule', *blocks], len(cols) + len(more), note)
 
 COSTS = 'Cost: millions of tokens trained on, and for each query tokens written and calls tried out in the world.'
 

@@ -10,7 +10,7 @@ __all__ = ['RIVALS', 'OURS', 'DIGITS', 'check_efficiency', 'efficiency_frame', '
 import numpy as np, pandas as pd
 from .config import Efficiency, load_settings
 from .efficiency_runs import efficiency_specs
-from .report import Artefacts, Look, ReportError, check_runs, figure_bytes, macro_name, macros, paper_style, plus_minus
+from .report import Artefacts, Look, ReportError, check_runs, figure_bytes, in_booktabs, macro_name, macros, paper_style, plus_minus
 from .statistics import t_interval
 
 # %% ../nbs/67_efficiency_report.ipynb #b184ad7b
@@ -113,7 +113,7 @@ def efficiency_latex(
     devices = [f'{" and ".join(p for p in on if on[p] == d)} on {d}' for d in dict.fromkeys(on.values())] if len(set(on.values())) > 1 else [*set(on.values())]
     over = f', of the step over {s.step_rounds} rounds'*('step' in s.parts)
     note = f'Mean $\\pm$ 95\\% interval over {len(s.seeds)} repetitions{over}; ratio to ours within a repetition, for the stream to its shortest; {"; ".join(devices)}; profile {s.profile}.'
-    return '\n'.join([r'\begin{tabular}{lrr}', r'\toprule', r'& time & ratio \\', *lines, r'\bottomrule', r'\end{tabular}', f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+    return in_booktabs([r'& time & ratio \\', *lines], 2, note)
 
 # %% ../nbs/67_efficiency_report.ipynb #c1061b36
 def step_summary(

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from .challenge_report import FIRST, MEASURES, SETS, challenge_table, columns, item_parts, measure_table, part_names
 from .config import FullTraining, load_settings
 from .full_training_runs import CHANGES, full_training_specs
-from .report import Artefacts, ReportError, check_runs, latex_difference, macro_name, macros, percent
+from .report import Artefacts, ReportError, check_runs, in_booktabs, latex_difference, macro_name, macros, percent
 from .statistics import clustered_ratio, holm, paired_bootstrap
 
 # %% ../nbs/77_full_training_report.ipynb #8f3cee1d
@@ -117,7 +117,7 @@ def full_training_latex(
     note = (f'Percent, $\\pm$ half the 95\\% interval over tools and seeds, none where every query is right or none is; mean: of each set\'s first measure, all sets alike; up to {s.test_per_set:,} held-out queries a set, '
             f'closed book; {len(s.seeds)} seed{"s"*(len(s.seeds) > 1)}; {took.tokens.mean()/1e6:.2f} million tokens trained on by each variant, {percent(s.rl_part, 0)}\\% of them in practice, which writes {took.written.max()/1e6:.2f} million tokens more; '
             f'without RL all go into the stream; profile {s.profile}.')
-    return '\n'.join([f'\\begin{{tabular}}{{l{"r"*cells.shape[1]}}}', r'\toprule', *_heads(list(cells.columns)), *lines, r'\bottomrule', r'\end{tabular}', f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+    return in_booktabs([*_heads(list(cells.columns)), *lines], cells.shape[1], note)
 
 # %% ../nbs/77_full_training_report.ipynb #8c839868
 def _scores(records, variant, names, stage='parts'):

@@ -15,7 +15,7 @@ from .challenge_report import challenge_table, item_parts, measure_table
 from .config import Generalization, load_settings
 from .generalization_runs import UNTRAINED, USES, generalization_specs, method_names, trained_on
 from .records import best_rates
-from .report import Artefacts, ReportError, check_runs, latex_difference, macro_name, macros, percent
+from .report import Artefacts, ReportError, check_runs, in_booktabs, latex_difference, macro_name, macros, percent
 from .statistics import clustered_ratio, holm, paired_bootstrap
 
 # %% ../nbs/75_generalization_report.ipynb #9655b0c0
@@ -127,7 +127,7 @@ def generalization_latex(
     n = f'up to {s.test_per_set:,} held-out queries {"a source" if sources else "a set"}'
     note = (f'Percent, $\\pm$ half the 95\\% interval over tools and seeds, none where every query is right or none is; {n}; {prompt}; '
             f'{s.steps*s.batch_size:,} training samples for every trained model, {len(s.seeds)} seed{"s"*(len(s.seeds) > 1)} of each, one run of the others, which learn nothing; profile {s.profile}.')
-    return '\n'.join([f'\\begin{{tabular}}{{l{"r"*len(columns)}}}', r'\toprule', *_heads(columns), *lines, r'\bottomrule', r'\end{tabular}', f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+    return in_booktabs([*_heads(columns), *lines], len(columns), note)
 
 # %% ../nbs/75_generalization_report.ipynb #45fafdf4
 def bfcl_categories(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'LOOKS', 'AXES', 'ReportError', 'check_runs', 'Artefacts', 'check_manifest', 'Look', 'paper_style',
            'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'curve_chart', 'item_means', 'plus_minus',
-           'cell', 'clearly_best', 'to_latex', 'macro_name', 'macros', 'percent', 'latex_number', 'latex_p',
-           'latex_difference']
+           'cell', 'clearly_best', 'in_booktabs', 'to_latex', 'macro_name', 'macros', 'percent', 'latex_number',
+           'latex_p', 'latex_difference']
 
 # %% ../nbs/61_report.ipynb #80e7a4c8
 import hashlib, io, json, tempfile
@@ -188,6 +188,15 @@ def clearly_best(
     clear = all(ci[best][0] - ci[best][1] > m + h for k, (m, h) in ci.items() if k != best)
     return best if clear else None
 
+# %% ../nbs/61_report.ipynb #e96046b5
+def in_booktabs(
+    lines:list,  # LaTeX, heads and rows
+    columns:int, # after the one with the names
+    note:str,    # what, how many, which profile
+)->str:
+    "Lines as a booktabs tabular with a line of notes below it"
+    return '\n'.join([f'\\begin{{tabular}}{{l{"r"*columns}}}', r'\toprule', *lines, r'\bottomrule', r'\end{tabular}', f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+
 # %% ../nbs/61_report.ipynb #50ef2040
 def to_latex(
     table:pd.DataFrame, # of LaTeX cells
@@ -196,10 +205,8 @@ def to_latex(
 )->str:
     "A booktabs tabular with a line of notes below it"
     if heads is None: heads = ['& ' + ' & '.join(table.columns) + r' \\']
-    body = table.style.to_latex(hrules=True, column_format='l' + 'r'*len(table.columns))
-    lines = body.splitlines()
-    top, mid = lines.index('\\toprule'), lines.index('\\midrule')
-    return '\n'.join([*lines[:top + 1], *heads, *lines[mid:], f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+    lines = table.style.to_latex(hrules=True).splitlines()
+    return in_booktabs([*heads, *lines[lines.index('\\midrule'):lines.index('\\bottomrule')]], len(table.columns), note)
 
 # %% ../nbs/61_report.ipynb #8b0a2516
 _DIGITS = str.maketrans(dict(zip('0123456789', 'Zero One Two Three Four Five Six Seven Eight Nine'.split())))
