@@ -197,12 +197,12 @@ def regime_rates(
 # %% ../nbs/65_challenge_report.ipynb #389eaa25
 def challenge_differences(
     records, against='tfidf',
-    by=FIRST, # challenge → measure; sets that lack it are left out
+    by=FIRST, # challenge → measure; sets that lack it, and challenges without one, are left out
 )->pd.DataFrame: # a row for each regime, method and data set
     "Each method against one other, on a measure of each challenge"
     def mean(regime, method, k):
         of = [r['result']['parts'][k]['items'] for r in records if (r['spec']['regime'], r['spec']['method']) == (regime, method) and k in r['result']['parts']]
-        of = [x for x in of if by[k.split('/')[0]] in x]
+        of = [x for x in of if by.get(k.split('/')[0]) in x]
         return (np.mean([_values(x[by[k.split('/')[0]]]) for x in of], 0), of[0]['cluster']) if of else (None, None)
     rows = []
     for regime in REGIMES:
@@ -231,9 +231,9 @@ def challenge_numbers(
     for r in frame.itertuples(): out[macro_name(f'{r.regime}_{r.method}') + name(r.part) + macro_name(r.measure.replace('f1', 'f'))] = percent(r.value)
     for d in challenge_differences(records).itertuples():
         if d.method == 'sft': out[macro_name(f'gain_{d.regime}') + name(d.part)] = latex_difference(d.difference, d.low, d.high)
-    for ending, by in (('', FIRST), ('Success', FIRST | dict(planning='success'))):
+    for ending, by in (('', FIRST), ('Success', dict(planning='success'))):
         for d in challenge_differences(records, 'sft', by).itertuples():
-            if not ending or d.part == 'planning/sageworld': out[macro_name(f'over_{d.regime}_{d.method}') + name(d.part) + ending] = latex_difference(d.difference, d.low, d.high)
+            out[macro_name(f'over_{d.regime}_{d.method}') + name(d.part) + ending] = latex_difference(d.difference, d.low, d.high)
     for (regime, method), c in challenge_costs(records).iterrows():
         out |= {macro_name(f'{regime}_{method}_{k}'): v for k, v in c.items()}
     for r in records:
