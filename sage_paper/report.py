@@ -144,7 +144,7 @@ def look_scales(
     "Colours and dashes of methods, for interactive charts"
     import altair as alt
     names, dashes = [l.label for l in looks], [[1, 0] if l.line == '-' else [3*x for x in l.line[1]] for l in looks]
-    return (alt.Color(f'{field}:N', scale=alt.Scale(domain=names, range=[l.colour for l in looks]), title=None),
+    return (alt.Color(f'{field}:N', scale=alt.Scale(domain=names, range=[l.colour for l in looks]), title=None, legend=alt.Legend(symbolType='stroke', symbolSize=300, symbolStrokeWidth=2, labelLimit=240)),
             alt.StrokeDash(f'{field}:N', scale=alt.Scale(domain=names, range=dashes), title=None))
 
 # %% ../nbs/61_report.ipynb #6ac637d4
