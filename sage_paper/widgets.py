@@ -47,7 +47,7 @@ def _escaped(text):
     from html import escape
     return f'<p>{escape(text)}</p>' if text else ''
 
-# %% ../nbs/91_widgets.ipynb #47202fe7
+# %% ../nbs/91_widgets.ipynb #f2624b5c
 class Explorer(w.VBox):
     "The records of an experiment as charts"
     def __init__(self,
@@ -75,7 +75,7 @@ class Explorer(w.VBox):
         options, before, several = [*options], box.value, isinstance(box, w.SelectMultiple)
         self.quiet = True
         box.options = options
-        if several: box.value = tuple(x for x in before if x in options) or tuple(usual or options)
+        if several: box.value = tuple(x for x in options if x in before) or tuple(usual or options)
         else: box.value = next((x for x in (before, *usual) if x in options), options[0] if options else None)
         box.layout.display = '' if several or len(options) > 1 or box in (self.experiment, self.profile) else 'none'
         self.quiet = False
@@ -139,7 +139,7 @@ def run_names(
     said = {p: 'cannot be read' if x is None else named(x, names) for p, x in ends.items()}
     return {f'{said[p]} ({p.stem[:6]})': p for p in sorted(said, key=said.get)}
 
-# %% ../nbs/91_widgets.ipynb #5be0edb1
+# %% ../nbs/91_widgets.ipynb #725a8e3c
 class Comparer(w.VBox):
     "Two runs: where their settings differ, their measures, their curves"
     def __init__(self,
@@ -153,17 +153,17 @@ class Comparer(w.VBox):
         super().__init__([*(w.HBox([e, r]) for e, r in zip(self.experiments, self.runs)), self.remark, self.settings, self.chart, self.measures])
         for k, box in enumerate(self.experiments): box.observe(lambda _, k=k: self.take_experiment(k), 'value')
         if not self.folders: return say(self.remark, 'There are no records in this project.')
-        for k in range(2): self.take_experiment(k, k)
+        for k in range(2): self.take_experiment(k, -k)
         for box in self.runs: box.observe(lambda _: self.compare(), 'value')
         self.compare()
 
     def take_experiment(self, k, # 0 or 1: of the first run, or of the second
-        n=0, # which of its runs is chosen
+        n=0, # which of its runs is chosen; -1: the last
     ):
         "Offer the runs of an experiment"
         names = run_names(self.folders[self.experiments[k].value])
         self.runs[k].options = [*names.items()]
-        self.runs[k].index = min(n, len(names) - 1)
+        self.runs[k].index = n % len(names)
 
     def compare(self):
         "Show the runs that are chosen side by side, or say what is wrong with one"
