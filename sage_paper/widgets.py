@@ -15,7 +15,7 @@ from .experiments import record_files
 from .inventory import differing, named, read_ends, record_folders
 from .records import RecordError, read_record
 
-# %% ../nbs/91_widgets.ipynb #3af06ce1
+# %% ../nbs/91_widgets.ipynb #a8d7ab15
 def shown(
     bundle:dict, # MIME type → content
 )->tuple: # as `ipywidgets.Output` keeps it
@@ -25,7 +25,8 @@ def shown(
 def as_table(
     frame, # `pandas.DataFrame`
 )->dict: # MIME type → content
-    "A table as a notebook shows it"
+    "A table as a notebook shows it, long texts such as digests cut short"
+    frame = frame.map(lambda v: f'{v[:36]}…' if isinstance(v, str) and len(v) > 40 else v)
     return {'text/html': frame.to_html(float_format='{:.4g}'.format, na_rep='–'), 'text/plain': 'a table'}
 
 def sentence(
@@ -47,7 +48,7 @@ def _escaped(text):
     from html import escape
     return f'<p>{escape(text)}</p>' if text else ''
 
-# %% ../nbs/91_widgets.ipynb #f2624b5c
+# %% ../nbs/91_widgets.ipynb #54a789ec
 class Explorer(w.VBox):
     "The records of an experiment as charts"
     def __init__(self,
@@ -74,6 +75,7 @@ class Explorer(w.VBox):
         "Set what there is to choose from, without a chart for every step of it"
         options, before, several = [*options], box.value, isinstance(box, w.SelectMultiple)
         self.quiet = True
+        if several: box.value = ()   # a list in the browser must not be chosen from beyond its end
         box.options = options
         if several: box.value = tuple(x for x in options if x in before) or tuple(usual or options)
         else: box.value = next((x for x in (before, *usual) if x in options), options[0] if options else None)
