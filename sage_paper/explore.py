@@ -296,7 +296,7 @@ def _methods(looks, frame):
     colour.legend = None
     return own, alt.Y('method:N', sort=[l.label for l in own], title=None, axis=alt.Axis(labelLimit=240)), colour
 
-# %% ../nbs/90_explore.ipynb #ace53c63
+# %% ../nbs/90_explore.ipynb #32bacefa
 def _title(x): return AXES[x][0].split(' (')[0] if x in AXES else TITLES.get(x, x)
 
 def learning_chart(
@@ -311,7 +311,9 @@ def learning_chart(
     f = _rounded(curves.dropna(subset=[y])[['key', 'method', 'case', 'seed', 'point', x, y]])
     own, rows, colour = _methods(looks, f)
     lines, pick = line_chart(f, own, x, y, (_title(x), TITLES.get(y, y)), ('case',), zero=y in ('accuracy', 'exact', 'old', 'new'))
-    ends = alt.Chart(f.loc[curves.loc[f.index].groupby('key').point.idxmax()]).transform_filter(pick).encode(x=alt.X(f'{y}:Q', title='at the end', scale=alt.Scale(zero=False)), y=rows, color=colour)
+    last = f.loc[curves.loc[f.index].groupby('key').point.idxmax()]
+    across = alt.Scale(domain=[float(last[y].min()), float(last[y].max())], nice=True)   # the same whichever methods are left
+    ends = alt.Chart(last).transform_filter(pick).encode(x=alt.X(f'{y}:Q', title='at the end', scale=across), y=rows, color=colour)
     dots = ends.mark_point(size=40).encode(tooltip=['method', 'seed', y]) + ends.mark_tick(thickness=3, height=16).encode(x=alt.X(f'mean({y}):Q'))
     return (lines.properties(width=420, height=260) | dots.properties(width=180, height=alt.Step(22))).resolve_scale(color='independent', strokeDash='independent')
 
