@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'pick', 'run_row', 'continual_frame', 'bound_frame', 'usual', 'weighted_answers',
-           'ahead', 'continual_differences', 'forgetting_curves', 'continual_figure', 'tool_curves', 'continual_chart',
-           'continual_table', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex', 'changes_frame',
-           'changes_latex', 'search_latex', 'continual_numbers', 'write_continual']
+           'ahead', 'continual_differences', 'round_accuracies', 'forgetting_curves', 'continual_figure', 'tool_curves',
+           'continual_chart', 'continual_table', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex',
+           'changes_frame', 'changes_latex', 'search_latex', 'continual_numbers', 'write_continual']
 
 # %% ../nbs/71_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from .config import Continual, load_settings
 from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_choices, continual_specs, old_and_later, old_new
 from .forgetting import LEVELS, lost_by_level, matrix_numbers
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, macro_name, macros,
+from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, look_scales, macro_name, macros,
                                paper_style, percent, to_latex)
 from .statistics import first_reached, holm, paired_bootstrap, t_interval
 
@@ -98,15 +98,21 @@ def continual_differences(
         rows += [dict(stream=stream, against='sage', without=w, **ahead(of('sage'), of('sage', w))) for w in s.ablations if stream in s.in_depth]
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p))
 
+# %% ../nbs/71_continual_report.ipynb #1331eec8
+def round_accuracies(
+    result:dict, # of a record
+)->list: # of dict, a moment each: `round`, `old`, `new`
+    "Accuracy on the old tools, and on the new ones that have arrived so far, after the old ones and after each round"
+    m, count = np.array(result['matrix'])[1:], np.bincount(asked(result)['part'])
+    return [dict(round=k, old=row[0], new=row[1:k + 1] @ count[1:k + 1]/count[1:k + 1].sum() if k else np.nan) for k, row in enumerate(m)]
+
 # %% ../nbs/71_continual_report.ipynb #9a210b99
 def forgetting_curves(
     records, s:Continual,
 )->pd.DataFrame: # a row a run and round
     "Accuracy on the old tools, and on the new ones that have arrived so far, after each round"
-    def rows(r):
-        m, count = np.array(r['result']['matrix']), np.bincount(asked(r['result'])['part'])
-        for k, row in enumerate(m[1:]): yield dict(stream=r['spec']['stream'], strategy=r['spec']['strategy'], seed=r['spec']['seed'], round=k, old=row[0], new=row[1:k + 1] @ count[1:k + 1]/count[1:k + 1].sum() if k else np.nan)
-    return pd.DataFrame([x for r in pick(records, buffer_size=s.buffer_size) if r['spec']['strategy'] not in BOUNDS for x in rows(r)])
+    own = [r for r in pick(records, buffer_size=s.buffer_size) if r['spec']['strategy'] not in BOUNDS]
+    return pd.DataFrame([{k: r['spec'][k] for k in ('stream', 'strategy', 'seed')} | x for r in own for x in round_accuracies(r['result'])])
 
 def continual_figure(
     curves:pd.DataFrame, # as from `forgetting_curves`
@@ -158,16 +164,14 @@ def continual_chart(
     import altair as alt
     chosen = alt.selection_point(fields=['strategy'], bind='legend')
     hover = alt.selection_point(fields=['tool'], on='pointerover', nearest=True, value=curves.tool.iloc[0])
-    looks = [l for l in STRATEGIES.values() if l.label in set(curves.strategy)]
-    names = [l.label for l in looks]
-    colour = alt.Color('strategy:N', scale=alt.Scale(domain=names, range=[l.colour for l in looks]), title=None)
-    dash = alt.StrokeDash('strategy:N', scale=alt.Scale(domain=names, range=[[1, 0] if l.line == '-' else [3*x for x in l.line[1]] for l in looks]), title=None)
+    colour, dash = look_scales([l for l in STRATEGIES.values() if l.label in set(curves.strategy)], 'strategy')
     base = alt.Chart(curves.assign(age=curves.old.map({True: 'old', False: 'new'}))).transform_filter(chosen)
     points = base.mark_point(size=40, filled=True, color='black').encode(x=alt.X('mean(end):Q', title='right at the end'), y=alt.Y('mean(lost):Q', title='lost since its best'), detail='tool:N', shape=alt.Shape('age:N', title=None),
                                               opacity=alt.condition(hover, alt.value(1), alt.value(0.2))).add_params(hover).properties(width=260, height=260, title='one point a tool')
     of = base.transform_filter(hover)
-    lines = of.transform_flatten(['curve']).transform_window(round='row_number()', groupby=['tool', 'strategy']).transform_calculate(round='datum.round - 1').mark_line(point=True).encode(
-        x=alt.X('round:O', title='rounds of new tools', axis=alt.Axis(labelAngle=0)), y=alt.Y('curve:Q', title='right tool', scale=alt.Scale(domain=[0, 1])), color=colour, strokeDash=dash, tooltip=['strategy:N', 'round:Q', 'curve:Q']).add_params(chosen)
+    each = of.transform_flatten(['curve']).transform_window(round='row_number()', groupby=['tool', 'strategy']).transform_calculate(round='datum.round - 1').encode(
+        x=alt.X('round:O', title='rounds of new tools', axis=alt.Axis(labelAngle=0)), y=alt.Y('curve:Q', title='right tool', scale=alt.Scale(domain=[0, 1])), color=colour, tooltip=['strategy:N', 'round:Q', 'curve:Q'])
+    lines = each.mark_line().encode(strokeDash=dash).add_params(chosen) + each.mark_point(filled=True, size=24)
     name = of.transform_aggregate(n='count()', groupby=['tool', 'age']).transform_calculate(said='datum.tool + ", " + datum.age').mark_text(align='left', fontWeight='bold').encode(x=alt.value(0), y=alt.value(-10), text='said:N')
     return points | (lines + name).properties(width=320, height=260)
 

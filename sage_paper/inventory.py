@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DETAIL', 'read_ends', 'find_record', 'differing', 'named', 'commit_dates', 'Entry', 'entries', 'table',
-           'compute_used', 'compute_latex', 'settings_latex', 'write_compute', 'headline', 'show', 'compare',
-           'Leftover', 'leftovers', 'asked_by_settings', 'record_folders', 'prunable', 'prune']
+           'compute_used', 'compute_latex', 'settings_latex', 'write_compute', 'headline', 'show', 'compared_settings',
+           'compared_measures', 'compare', 'Leftover', 'leftovers', 'asked_by_settings', 'record_folders', 'prunable',
+           'prune']
 
 # %% ../nbs/86_inventory.ipynb #23f2af64
 import json, os, re, subprocess, time
@@ -200,6 +201,21 @@ def show(
     return '\n'.join([f'{r["key"]}, a run of {path.parent.parent.name}/{path.parent.name}', *block('settings', text), *block('made in', made),
                       *block('measures', {k: f'{v:.4g}' for k, v in headline(r['result']).items()})])
 
+# %% ../nbs/86_inventory.ipynb #b08dac3d
+def compared_settings(
+    a:dict, b:dict, # records
+)->list: # of (setting, its value in the first, in the second), as text, '-' where there is none
+    "The settings in which two runs differ, the experiment among them"
+    x, y = ({k: v if isinstance(v, str) else json.dumps(v) for k, v in {'experiment': r['experiment'], **flat_settings(r['spec'])}.items()} for r in (a, b))
+    return [(k, x.get(k, '-'), y.get(k, '-')) for k in dict.fromkeys((*x, *y)) if x.get(k) != y.get(k)]
+
+def compared_measures(
+    a:dict, b:dict, # records
+)->list: # of (measure, its value in the first, in the second, their difference), None where there is none
+    "The measures of two runs side by side"
+    x, y = headline(a['result']), headline(b['result'])
+    return [(k, x.get(k), y.get(k), y[k] - x[k] if k in x and k in y else None) for k in dict.fromkeys((*x, *y))]
+
 # %% ../nbs/86_inventory.ipynb #3607ac48
 def compare(
     one:Path, other:Path, # of records
@@ -207,11 +223,8 @@ def compare(
     "Two records as text: the settings in which they differ, and their measures side by side"
     from sage_paper.records import read_record
     a, b = map(read_record, (one, other))
-    sa, sb, ma, mb = flat_settings(a['spec']), flat_settings(b['spec']), headline(a['result']), headline(b['result'])
-    def rows(x, y, form): return [(k, *('-' if k not in d else form(d[k]) for d in (x, y))) for k in dict.fromkeys((*x, *y))]
-    settings = [r for r in rows({'experiment': a['experiment'], **sa}, {'experiment': b['experiment'], **sb}, lambda v: v if isinstance(v, str) else json.dumps(v)) if r[1] != r[2]]
-    measures = [(*r, f'{mb[r[0]] - ma[r[0]]:+.4g}' if r[0] in ma and r[0] in mb else '') for r in rows(ma, mb, '{:.4g}'.format)]
-    lines = [('', a['key'], b['key'], 'difference'), *(settings or [('the same settings', '', '')]), ('seconds', f'{a["seconds"]:.1f}', f'{b["seconds"]:.1f}'), *measures]
+    measures = [(k, *('-' if v is None else f'{v:.4g}' for v in values), '' if d is None else f'{d:+.4g}') for k, *values, d in compared_measures(a, b)]
+    lines = [('', a['key'], b['key'], 'difference'), *(compared_settings(a, b) or [('the same settings', '', '')]), ('seconds', f'{a["seconds"]:.1f}', f'{b["seconds"]:.1f}'), *measures]
     width = max(len(l[0]) for l in lines)
     return '\n'.join('  '.join((f'{l[0]:<{width}}', *(f'{x:>16}' for x in l[1:]))).rstrip() for l in lines)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'LOOKS', 'AXES', 'ReportError', 'check_runs', 'Artefacts', 'check_manifest', 'Look', 'paper_style',
-           'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'curve_chart', 'item_means', 'plus_minus',
-           'cell', 'clearly_best', 'in_booktabs', 'to_latex', 'macro_name', 'macros', 'percent', 'latex_number',
-           'latex_p', 'latex_difference']
+           'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'look_scales', 'line_chart', 'curve_chart',
+           'item_means', 'plus_minus', 'cell', 'clearly_best', 'in_booktabs', 'to_latex', 'macro_name', 'macros',
+           'percent', 'latex_number', 'latex_p', 'latex_difference']
 
 # %% ../nbs/61_report.ipynb #80e7a4c8
 import hashlib, io, json, tempfile
@@ -136,18 +136,41 @@ def draw_curves(
         ax.fill_between(xs/unit, mean - half, mean + half, color=look.colour, alpha=0.15, lw=0)
     ax.set(xlabel=label, xlim=(0, None), ylim=(0, None))
 
+# %% ../nbs/61_report.ipynb #50ea1707
+def look_scales(
+    looks, # of `Look`
+    field='method', # that holds their labels
+)->tuple: # (`altair.Color`, `altair.StrokeDash`)
+    "Colours and dashes of methods, for interactive charts"
+    import altair as alt
+    names, dashes = [l.label for l in looks], [[1, 0] if l.line == '-' else [3*x for x in l.line[1]] for l in looks]
+    return (alt.Color(f'{field}:N', scale=alt.Scale(domain=names, range=[l.colour for l in looks]), title=None, legend=alt.Legend(symbolType='stroke', symbolSize=300, symbolStrokeWidth=2, labelLimit=240)),
+            alt.StrokeDash(f'{field}:N', scale=alt.Scale(domain=names, range=dashes), title=None))
+
+# %% ../nbs/61_report.ipynb #6ac637d4
+def line_chart(
+    frame:pd.DataFrame, # a row a point: `method`, a label; `seed`, `x` and `y`
+    looks,      # of `Look`, one a label
+    x:str, y:str, # columns
+    titles:tuple, # of the axes
+    told=(),    # further columns that are shown under the pointer
+    zero=True,  # whether the axis of `y` begins at 0
+)->tuple: # (`altair.LayerChart`, the selection by its legend)
+    "A line a method and seed"
+    import altair as alt
+    pick, (colour, dash) = alt.selection_point(fields=['method'], bind='legend'), look_scales(looks)
+    base = alt.Chart(frame).encode(x=alt.X(f'{x}:Q', title=titles[0]), y=alt.Y(f'{y}:Q', title=titles[1], scale=alt.Scale(zero=zero)), color=colour, detail='seed:N', opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
+    points = base.mark_point(filled=True, size=24).encode(tooltip=list(dict.fromkeys(('method', 'seed', x, y, *told))))
+    return (base.mark_line().encode(strokeDash=dash) + points).add_params(pick), pick
+
 # %% ../nbs/61_report.ipynb #4ae4a9b0
 def curve_chart(
     records, x='tokens', # a key of `AXES`
-): # `altair.Chart`
+): # `altair.LayerChart`
     "Learning curves of every seed, interactive"
-    import altair as alt
     f = curve_frame(records)[['method', 'seed', 'point', x, 'samples', 'accuracy', 'exact']].assign(method=lambda d: d.method.map(lambda m: LOOKS[m].label)).round(4)
-    pick = alt.selection_point(fields=['method'], bind='legend')
-    colour = alt.Color('method:N', scale=alt.Scale(domain=[l.label for l in LOOKS.values()], range=[l.colour for l in LOOKS.values()]), title=None)
-    return alt.Chart(f, width=520, height=280).mark_line(point=True).encode(
-        x=alt.X(f'{x}:Q', title=AXES[x][0].split(' (')[0]), y=alt.Y('accuracy:Q', title='right tool, held-out queries'), color=colour, detail='seed:N',
-        opacity=alt.condition(pick, alt.value(1), alt.value(0.1)), tooltip=['method', 'seed', 'samples', x, 'accuracy', 'exact']).add_params(pick)
+    chart, _ = line_chart(f, LOOKS.values(), x, 'accuracy', (AXES[x][0].split(' (')[0], 'right tool, held-out queries'), ('samples', 'exact'))
+    return chart.properties(width=520, height=280)
 
 # %% ../nbs/61_report.ipynb #006bc064
 def item_means(

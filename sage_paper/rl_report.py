@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'SETS', 'PANELS', 'WATCHED', 'rl_row', 'rl_frame', 'rl_dif
 import numpy as np, pandas as pd
 from .config import Reinforcement, load_settings
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, macro_name, macros,
+from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, line_chart, macro_name, macros,
                                paper_style, percent, to_latex)
 from .rl_runs import SUPERVISED, rl_choices, rl_specs, rl_tuning_specs, success
 from .statistics import holm, paired_bootstrap, t_interval
@@ -101,19 +101,15 @@ def rl_figure(
 # %% ../nbs/73_rl_report.ipynb #cd585c58
 def rl_chart(
     curves:pd.DataFrame, # as from `rl_curves`
-): # `altair.Chart`
+): # `altair.LayerChart`
     "Every seed's curve; the field is chosen below it, methods in the legend"
     import altair as alt
     looks = [METHODS[m] for m in METHODS if m in set(curves.method)]
-    names = [l.label for l in looks]
     fields = ['state', 'total', 'name', 'keys', 'values', 'timing', 'failed', 'tokens']
     f = curves.assign(method=curves.method.map(lambda m: METHODS[m].label))[['method', 'seed', 'round', 'seconds', *fields]].round(4).melt(['method', 'seed', 'round', 'seconds'], fields, 'field')
-    pick = alt.selection_point(fields=['method'], bind='legend')
     field = alt.selection_point(fields=['field'], bind=alt.binding_select(options=fields, name='on held-out plans: '), value='state')
-    return alt.Chart(f, width=520, height=280).mark_line(point=True).transform_filter(field).encode(
-        x=alt.X('seconds:Q', title='GPU-seconds'), y=alt.Y('value:Q', title=None, scale=alt.Scale(zero=False)), detail='seed:N', color=alt.Color('method:N', scale=alt.Scale(domain=names, range=[l.colour for l in looks]), title=None),
-        strokeDash=alt.StrokeDash('method:N', scale=alt.Scale(domain=names, range=[[1, 0] if l.line == '-' else [3*x for x in l.line[1]] for l in looks]), title=None),
-        opacity=alt.condition(pick, alt.value(1), alt.value(0.1)), tooltip=['method', 'seed', 'round', 'seconds', 'value']).add_params(pick, field)
+    chart, _ = line_chart(f, looks, 'seconds', 'value', ('GPU-seconds', None), ('round',), zero=False)
+    return chart.add_params(field).transform_filter(field).properties(width=520, height=280)
 
 # %% ../nbs/73_rl_report.ipynb #b069b73f
 WATCHED = {'state': 'success of drawn answers', 'alike': 'groups all alike', 'frac_reward_zero_std': "GRPO's groups without variance", 'entropy': 'entropy, nats a token', 'kl': 'divergence, nats an answer', 'beta': 'its price', 'clipped': 'clipped',

@@ -10,7 +10,7 @@ PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
 REQUIREMENTS = [*PROJECT['dependencies'], *(r for extra in ('dev', 'lab') for r in PROJECT['optional-dependencies'][extra])]
 LIBRARY = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-LIGHT = ['sage_paper', *(f'sage_paper.{m}' for m in 'config calls assets samples toolstream bfcl datasets world queries data_cards scores ast_match retrieval statistics tracking records report streaming_runs streaming_report challenge_runs challenge_report experiments inventory estimates running cli'.split())]
+LIGHT = ['sage_paper', *(f'sage_paper.{m}' for m in 'config calls assets samples toolstream bfcl datasets world queries data_cards scores ast_match retrieval statistics tracking records report streaming_runs streaming_report challenge_runs challenge_report experiments inventory estimates running cli explore widgets'.split())]
 MACHINE = [f'/{folder}/' for folder in ('work', 'opt', 'root')]
 INDEX = ['python' + 'hosted.org', *(f'--{option}' for option in ('index' + '-url', 'extra-index' + '-url', 'find' + '-links'))]
 
