@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'KEPT', 'VEGALITE', 'TINY', 'EXPORT', 'WIDE', 'EXAMPLE', 'WatchedSSIS', 'WatchedBuffer', 'stream_settings',
-           'score_frame', 'top_scored', 'score_chart', 'as_output', 'drawn', 'NoModel', 'find_model', 'load_model',
-           'at_hand', 'paragraph', 'trouble', 'Scorer', 'tools_of', 'misfits', 'ask', 'told', 'Asker']
+           'call_text', 'score_frame', 'top_scored', 'top_table', 'score_chart', 'as_output', 'drawn', 'NoModel',
+           'find_model', 'load_model', 'at_hand', 'paragraph', 'trouble', 'Scorer', 'tools_of', 'misfits', 'ask',
+           'told', 'Asker']
 
-# %% ../nbs/92_try_out.ipynb #a6766f8a
+# %% ../nbs/92_try_out.ipynb #92c15963
 import html, json, re, tempfile
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from ipywidgets import Button, Dropdown, FloatProgress, FloatSlider, HTML, HBox, IntSlider, Layout, Output, Text, Textarea, VBox
+from ipywidgets import Button, FloatProgress, FloatSlider, HTML, HBox, IntSlider, Layout, Output, Text, Textarea, VBox
 from .assets import MODELS, AssetError, places, registry
-from .calls import PARSE_ERRORS, Sample, Tool, ToolCall, expected, format_calls, parse_calls
+from .calls import PARSE_ERRORS, Sample, Tool, ToolCall, expected, parse_calls
 from .config import Streaming, find_root, load_settings
 from .evaluation import generate
 from .model import LM, encode, load_lm, tiny_lm
@@ -59,7 +60,12 @@ def stream_settings(
     return load_settings('streaming', 'smoke', n_tools=n_tools, train_per_tool=per_tool, ssis=weights, coreset_fraction=fraction,
                          **dict(epochs=int(np.ceil(1.5/fraction)), batch_size=8, buffer_size=32) | changes)
 
-# %% ../nbs/92_try_out.ipynb #4c094be9
+# %% ../nbs/92_try_out.ipynb #8a37ef4c
+def call_text(c:ToolCall)->str:
+    "A call as one would write it"
+    return f'{c.name}({", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in c.arguments.items())})'
+
+# %% ../nbs/92_try_out.ipynb #1b364535
 PARTS = {'U': 'uncertainty', 'D': 'distance', 'F': 'forgetting risk'}
 
 def score_frame(
@@ -76,7 +82,7 @@ def score_frame(
     def look(): return {} if tell is None else tell(trainer.spent/trainer.total) or {}
     train_stream(trainer, encoded, order, s.batch_size, buffer, [Curve(look, 50)], selector)
     scores, entered = np.concatenate(selector.judged, 1), {id(e) for e in buffer.entered}
-    about = [dict(arrived=k, query=task.train[i].query, calls=format_calls(task.train[i].calls)) for k, i in enumerate(order)]
+    about = [dict(arrived=k, query=task.train[i].query, calls='; '.join(map(call_text, task.train[i].calls))) for k, i in enumerate(order)]
     parts = {f'from {k}': w*x/sum(s.ssis) for k, w, x in zip(PARTS, s.ssis, scores)}
     return pd.DataFrame(about).assign(**dict(zip((*PARTS, 'importance'), scores)), **parts, entered=[id(encoded[i]) in entered for i in order])
 
@@ -89,7 +95,16 @@ def top_scored(
     top = frame.nlargest(n, 'importance')[['query', 'calls', *(f'from {k}' for k in PARTS), 'importance', 'entered']].round(2)
     return top.assign(entered=top.entered.map({True: 'yes', False: 'no'})).rename(columns=dict(entered='entered the buffer'))
 
-# %% ../nbs/92_try_out.ipynb #7090ed03
+# %% ../nbs/92_try_out.ipynb #d2e2b441
+def top_table(
+    frame:pd.DataFrame, # as from `score_frame`
+)->str: # HTML
+    "`top_scored`, to be read"
+    left = ['query', 'calls']
+    styles = [dict(selector='th', props='text-align:left')]
+    return top_scored(frame).style.hide(axis='index').format(precision=2, escape='html').set_properties(subset=left, **{'text-align': 'left'}).set_table_styles(styles).to_html()
+
+# %% ../nbs/92_try_out.ipynb #3632b81b
 KEPT = {'entered the buffer': '#D55E00', 'did not': '#999999'}   # as the paper has SSIS, and what is at random
 
 def score_chart(
@@ -101,7 +116,7 @@ def score_chart(
     pick = alt.selection_point(name='pick', fields=['arrived'], on='mouseover', nearest=True, empty=False, value=[dict(arrived=int(frame.importance.idxmax()))])
     def axis(k): return dict(shorthand=f'{k}:Q', title=f'{PARTS[k]} {k}', scale=alt.Scale(domain=[0, 1]))
     points = alt.Chart(shown, width=300, height=300).mark_circle(stroke='black').encode(
-        x=alt.X(**axis('U')), y=alt.Y(**axis('D')), size=alt.Size(f'F:Q', title=f'{PARTS["F"]} F', scale=alt.Scale(domain=[0, 1], range=[15, 250]), legend=alt.Legend(values=[0.25, 0.5, 1])),
+        x=alt.X(**axis('U')), y=alt.Y(**axis('D')), size=alt.Size(f'F:Q', title=f'{PARTS["F"]} F', scale=alt.Scale(domain=[0, 1], range=[15, 250]), legend=alt.Legend(values=[0.2, 0.6, 1])),
         color=alt.Color('entered:N', title=None, scale=alt.Scale(domain=[*KEPT], range=[*KEPT.values()])),
         strokeWidth=alt.condition(pick, alt.value(2), alt.value(0)), opacity=alt.condition(pick, alt.value(1), alt.value(0.6)),
         tooltip=['query', 'calls', 'arrived', *PARTS, 'importance', 'entered']).add_params(pick)
@@ -177,7 +192,7 @@ def trouble(
     "An error that its reader can put right"
     return paragraph(str(e), 'var(--jp-error-color1, #b00)')
 
-# %% ../nbs/92_try_out.ipynb #33708161
+# %% ../nbs/92_try_out.ipynb #d7a20649
 WIDE = Layout(width='98%')
 
 class Scorer(VBox):
@@ -188,7 +203,8 @@ class Scorer(VBox):
         style = dict(style=dict(description_width='90px'), layout=Layout(width='320px'))
         self.model = Text(value=model, description='model', **style)
         self.tools, self.each = IntSlider(16, 4, 60, description='tools', **style), IntSlider(3, 1, 5, description='queries each', **style)
-        self.weights = [FloatSlider(w, min=0, max=1, step=0.1, description=f'weight of {k}', **style) for k, w in zip(PARTS, (0.4, 0.3, 0.3))]
+        wide = dict(style=dict(description_width='170px'), layout=Layout(width='400px'))
+        self.weights = [FloatSlider(w, min=0, max=1, step=0.1, description=f'weight of {PARTS[k]} {k}', **wide) for k, w in zip(PARTS, (0.4, 0.3, 0.3))]
         self.fraction = FloatSlider(0.5, min=0.1, max=1, step=0.1, description='part kept', **style)
         self.button, self.bar = Button(description='Train and score', button_style='primary'), FloatProgress(0, min=0, max=1, layout=Layout(width='220px'))
         self.said, self.shown, self.frame = HTML(layout=WIDE), Output(), None   # the frame: as from `score_frame`, of the last press
@@ -203,7 +219,7 @@ class Scorer(VBox):
         if name in MODELS and not at_hand(name): more = f' The model is not on this machine yet: the first press gets it, {registry()[MODELS[name]].bytes/1e6:,.0f} MB or a little more, for which it takes a network.'
         return f'With the default model this takes minutes on two CPU cores. `{TINY}` as the model is one of random weights: seconds, for a look at the form.{more}'
 
-# %% ../nbs/92_try_out.ipynb #5f10de7b
+# %% ../nbs/92_try_out.ipynb #1f377cd2
 def _settings(form):
     "What the form asks for; raises `ValueError`"
     weights = tuple(w.value for w in form.weights)
@@ -220,8 +236,8 @@ def score(self:Scorer, *_):
         lm = load_model(self.model.value)
         self.said.value = paragraph(f'Training on {s.n_tools*s.train_per_tool} queries, and on some of them again from the buffer …')
         self.frame = score_frame(lm, s, tell=lambda part: setattr(self.bar, 'value', part))
-        self.said.value = paragraph(f'{self.frame.entered.sum()} of {len(self.frame)} queries entered the buffer. Move the pointer over the points; the ten highest scores stand below. All of it is in the attribute `frame`.')
-        self.shown.outputs = as_output(drawn(score_chart(self.frame))), as_output({'text/html': top_scored(self.frame).to_html(index=False), 'text/plain': 'a table'})
+        self.said.value = paragraph(f'{self.frame.entered.sum()} of {len(self.frame)} queries entered the buffer. The more important a query is, the likelier it enters, so not each of the highest has. Move the pointer over the points; the ten highest scores stand below, and all of them in the attribute `frame`.')
+        self.shown.outputs = as_output(drawn(score_chart(self.frame))), as_output({'text/html': top_table(self.frame), 'text/plain': 'a table'})
     except ValueError as e: self.said.value = trouble(e)
     finally: self.button.disabled = False
 
@@ -266,7 +282,7 @@ def misfits(
         out += [f'call {n}, {c.name}: {w}' for w in wrong]
     return out
 
-# %% ../nbs/92_try_out.ipynb #a626fa94
+# %% ../nbs/92_try_out.ipynb #be865928
 def ask(
     lm:LM, query:str, tools:dict, # key → `Tool`; none: closed book
     n_candidates=10, # most tools that the prompt documents, by BM25
@@ -284,7 +300,7 @@ def told(
     parsed = parse_calls(answer)
     if parsed.error: return [(f'The answer cannot be read as calls: {PARSE_ERRORS[parsed.error]}. It says:', True), (answer.strip() or '(nothing)', False)]
     if not parsed.calls: return [('No call: the agent answers that no tool is needed.', False)]
-    lines = [(f'{n}. {c.name}({", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in c.arguments.items())})', False) for n, c in enumerate(parsed.calls, 1)]
+    lines = [(f'{n}. {call_text(c)}', False) for n, c in enumerate(parsed.calls, 1)]
     if not tools: return [*lines, ('No tools were given, so nothing says whether these calls fit any.', False)]
     return [*lines, *([(w, True) for w in misfits(parsed.calls, tools)] or [('All of it fits the tools. Whether it is what was asked for is for the reader to say.', False)])]
 
