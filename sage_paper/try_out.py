@@ -118,14 +118,14 @@ def _points(base, pick):
         strokeWidth=alt.condition(pick, alt.value(2), alt.value(0)), opacity=alt.condition(pick, alt.value(1), alt.value(0.6)),
         tooltip=['query', 'calls', 'arrived', *PARTS, 'importance', 'entered']).properties(width=300, height=300).add_params(pick)
 
-# %% ../nbs/92_try_out.ipynb #17f20248
+# %% ../nbs/92_try_out.ipynb #f0d1b385
 LINES = "split(replace(datum.query, regexp('(.{30,48}) ', 'g'), '$1\\n'), '\\n')"   # a query in lines, in Vega's words
 
 def _chosen(base, pick, most):
     "The query that is chosen, and what the terms add to its importance"
     import altair as alt
     terms, one = [f'from {k}' for k in PARTS], base.transform_filter(pick)
-    text = one.transform_calculate(line=LINES).mark_text(align='left', baseline='top', x=0, y=0, fontSize=12).encode(text='line:N').properties(width=330, height=60)
+    text = one.transform_calculate(line=LINES).mark_text(align='left', baseline='top', x=0, y=0, fontSize=12).encode(text='line:N').properties(width=330, height=90)
     bars = one.transform_fold(terms, as_=['term', 'part']).mark_bar(color=KEPT['entered the buffer']).encode(
         x=alt.X('part:Q', title='added to the importance', scale=alt.Scale(domain=[0, most])), y=alt.Y('term:N', title=None, sort=terms)).properties(width=330, height=110)
     return alt.vconcat(text, bars)
