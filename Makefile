@@ -31,7 +31,7 @@ publish: paper
 	cp paper/build/main.pdf paper/main.pdf
 
 test: pytest
-	$(BIN)/nbdev-test --n-workers 0 --file-re '^\d.*ipynb'
+	$(BIN)/nbdev-test --n-workers 0 --file-re '^(\d|index).*ipynb'
 
 pytest: $(READY)
 	$(BIN)/pytest
@@ -49,7 +49,7 @@ smoke: $(READY)
 
 # Library from notebooks, and the notebooks with the outputs of a clean run.
 notebooks: $(READY)
-	$(BIN)/nbdev-test --save --n-workers 0 --file-re '^\d.*ipynb'
+	$(BIN)/nbdev-test --save --n-workers 0 --file-re '^(\d|index).*ipynb'
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
@@ -66,8 +66,9 @@ check: notebooks paper
 bench: $(READY)
 	$(BIN)/python tests/benchmark.py
 
+# Opens on the notebook that leads through the others.
 lab: $(READY)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 # The notebooks and the reference as pages to read in a browser, offline too: docs/build/html. Experiments are shown with their outputs after `make figures`.
 # Links inside the site are always checked; those to other sites with `make docs LINKS=all`, which takes a network.
