@@ -301,4 +301,4 @@ def test_the_notebook_runs_from_the_committed_records():
     found = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
     assert sum(VEGA_LITE in o.get('data', {}) for o in found) == 5 and not [o for o in found if o.output_type in ('error', 'stream')]
     views = [o for o in found if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})]
-    assert len(views) >= 2
+    assert len(views) == 4

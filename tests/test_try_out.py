@@ -8,7 +8,8 @@ from sage_paper.calls import Tool, ToolCall, tool_document
 from sage_paper.model import encode, load_lm, no_progress, tiny_lm
 from sage_paper.samples import SampleError, arrivals
 from sage_paper.streaming_runs import _train, load_task
-from sage_paper.try_out import EXAMPLE, PARTS, TINY, VEGALITE, Asker, NoModel, Scorer, ask, find_model, load_model, misfits, score_chart, score_frame, stream_settings, told, tools_of, top_scored
+from sage_paper.explore import VEGA_LITE
+from sage_paper.try_out import EXAMPLE, PARTS, TINY, Asker, NoModel, Scorer, ask, find_model, load_model, misfits, score_chart, score_frame, stream_settings, told, tools_of, top_scored
 
 # ---- What SSIS scores high
 
@@ -70,7 +71,7 @@ def test_the_scorer_trains_and_shows():
     form.tools.value, form.each.value = 6, 2
     form.button.click()
     drawn, table = (o['data'] for o in form.shown.outputs)
-    assert drawn[VEGALITE]['$schema'].endswith('vega-lite/v5.json') and 'importance' in table['text/html'] and len(form.frame) == 12 and form.bar.value == 1
+    assert drawn[VEGA_LITE]['$schema'].endswith('vega-lite/v5.json') and 'importance' in table['text/html'] and len(form.frame) == 12 and form.bar.value == 1
 
 
 def test_the_scorer_can_be_used_again_after_a_mistake():
