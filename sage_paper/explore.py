@@ -47,8 +47,10 @@ def change(
     usual:dict, # setting → its usual value, as `repr` has it
 )->str: # '' where nothing is changed
     "What an ablation changes, in words"
-    words = dict(without='without {}', ssis='weights {}', scale='{} scale', sharpness='sharpness {}')
-    text = lambda v: ' '.join(f'{x:.2g}' for x in v) if isinstance(v, list) else f'{v:g}' if isinstance(v, float) else str(v)
+    from sage_paper.continual_report import PARTS
+    words = dict(without='{}', ssis='weights {}', scale='{} scale', sharpness='sharpness {}')
+    part = lambda v: PARTS[v].removeprefix('SAGE').lstrip(', ') if v in PARTS else v   # as the paper's tables have it
+    text = lambda v: ' '.join(f'{x:.2g}' for x in v) if isinstance(v, list) else f'{v:g}' if isinstance(v, float) else part(v)
     return ', '.join(words[k].format(text(spec[k])) for k in usual if k in spec and repr(spec[k]) != usual[k])
 
 def changes(
