@@ -730,6 +730,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_paper.explore.Kept.cases': ('explore.html#kept.cases', 'sage_paper/explore.py'),
                                     'sage_paper.explore.Kept.methods': ('explore.html#kept.methods', 'sage_paper/explore.py'),
                                     'sage_paper.explore.Kept.of': ('explore.html#kept.of', 'sage_paper/explore.py'),
+                                    'sage_paper.explore._clicked': ('explore.html#_clicked', 'sage_paper/explore.py'),
                                     'sage_paper.explore._labels': ('explore.html#_labels', 'sage_paper/explore.py'),
                                     'sage_paper.explore._methods': ('explore.html#_methods', 'sage_paper/explore.py'),
                                     'sage_paper.explore._rounded': ('explore.html#_rounded', 'sage_paper/explore.py'),

@@ -298,6 +298,13 @@ def _methods(looks, frame):
     colour.legend = None
     return own, alt.Y('method:N', sort=[l.label for l in own], title=None, axis=alt.Axis(labelLimit=240)), colour
 
+def _clicked(own, shown):
+    "A selection of one method by a click, and what fades the others; at first it is the one named, or the first"
+    import altair as alt
+    labels = [l.label for l in own]
+    pick = alt.selection_point(fields=['method'], value=[dict(method=shown if shown in labels else labels[0])], empty=False)
+    return pick, alt.condition(pick, alt.value(1), alt.value(0.35))
+
 # %% ../nbs/90_explore.ipynb #32bacefa
 def _title(x): return AXES[x][0].split(' (')[0] if x in AXES else TITLES.get(x, x)
 
@@ -329,10 +336,9 @@ def matrix_chart(
     import altair as alt
     f = _rounded(matrix.groupby(['method', 'after', 'task', 'when', 'asked'], as_index=False, sort=False).accuracy.mean())
     own, rows, colour = _methods(looks, f)
-    labels = [l.label for l in own]
-    pick = alt.selection_point(fields=['method'], value=[dict(method=shown if shown in labels else labels[0])], empty=False)
+    pick, fade = _clicked(own, shown)
     last = f[(f.after == f.after.max()) & ~f.asked.str.endswith('before')]
-    end = alt.Chart(last).mark_bar().encode(x=alt.X('mean(accuracy):Q', title='mean over what is asked, at the end'), y=rows, color=colour, opacity=alt.condition(pick, alt.value(1), alt.value(0.35)), tooltip=['method', alt.Tooltip('mean(accuracy):Q', format='.3f')]).add_params(pick)
+    end = alt.Chart(last).mark_bar().encode(x=alt.X('mean(accuracy):Q', title='mean over what is asked, at the end'), y=rows, color=colour, opacity=fade, tooltip=['method', alt.Tooltip('mean(accuracy):Q', format='.3f')]).add_params(pick)
     cells = alt.Chart(f).transform_filter(pick).mark_rect().encode(
         x=alt.X('asked:N', title='right tool, asked about', sort=[*dict.fromkeys(f.sort_values('task').asked)], axis=alt.Axis(labelAngle=-45)), y=alt.Y('when:N', title='after', sort=[*dict.fromkeys(f.sort_values('after').when)]),
         color=alt.Color('mean(accuracy):Q', title=None, scale=alt.Scale(range=['#f7fbff', '#6baed6', '#08306b'], domain=[0, 1])), tooltip=['method', 'when', 'asked', alt.Tooltip('mean(accuracy):Q', format='.3f')])
@@ -359,12 +365,11 @@ def forgotten_chart(
     import altair as alt
     n, tools = 25, most_forgotten(lost)
     own, rows, _ = _methods(looks, lost)
-    labels = [l.label for l in own]
     f = lost.groupby('method', as_index=False, sort=False)[[*FATES]].sum().melt('method', var_name='fate', value_name='n').assign(order=lambda d: d.fate.map(FATES.index), part=lambda d: d.n/d.groupby('method').n.transform('sum'))
-    pick = alt.selection_point(fields=['method'], value=[dict(method=shown if shown in labels else labels[0])], empty=False)
+    pick, fade = _clicked(own, shown)
     bars = alt.Chart(_rounded(f)).mark_bar().encode(x=alt.X('part:Q', title='held-out queries', axis=alt.Axis(format='%'), scale=alt.Scale(domain=[0, 1])), y=rows, order='order:Q',
                                                     color=alt.Color('fate:N', title=None, scale=alt.Scale(domain=[*FATES], range=[*FATE_COLOURS.values()]), legend=alt.Legend(orient='top')),
-                                                    opacity=alt.condition(pick, alt.value(1), alt.value(0.35)), tooltip=['method', 'fate', alt.Tooltip('part:Q', format='.1%')]).add_params(pick)
+                                                    opacity=fade, tooltip=['method', 'fate', alt.Tooltip('part:Q', format='.1%')]).add_params(pick)
     top = alt.Chart(_rounded(tools)).transform_filter(pick).transform_window(rank='row_number()', sort=[alt.SortField('lost', order='descending'), alt.SortField('tool')]).transform_filter(f'datum.rank <= {n}')
     names = top.mark_bar().encode(x=alt.X('lost:Q', title='queries forgotten', axis=alt.Axis(format='%'), scale=alt.Scale(domain=[0, 1])), y=alt.Y('tool:N', sort='-x', title=None, axis=alt.Axis(labelLimit=220)),
                                   color=alt.Color('age:N', title=None, scale=alt.Scale(domain=['old', 'new'], range=['#D55E00', '#E69F00']), legend=alt.Legend(orient='top')), tooltip=['method', 'tool', 'age', alt.Tooltip('right:Q', title='right when learnt', format='.0%'), alt.Tooltip('lost:Q', title='then forgotten', format='.0%')])
