@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALING_VERSION', 'PEAK_FLOPS', 'DEFAULTS', 'model_of', 'endless', 'stream_on', 'advance', 'fingerprint',
-           'alike_on_all', 'graphs', 'peak', 'timed', 'rates', 'weak', 'exchange', 'losses', 'reversed_steps',
-           'compare', 'equal', 'peak_flops', 'random_samples', 'large', 'one_run', 'side_by_side', 'sweep', 'main']
+           'alike_on_all', 'graphs', 'peak', 'timed', 'rates', 'weak', 'exchange', 'keep_diary', 'reversed_steps',
+           'losses', 'common_steps', 'compare', 'equal', 'peak_flops', 'random_samples', 'large', 'one_run',
+           'side_by_side', 'sweep', 'main']
 
 # %% ../nbs/83_scaling.ipynb #a9d26f85
 import argparse, hashlib, itertools, json, sys, time
@@ -131,19 +132,16 @@ def exchange(
         for _ in range(repeats): torch.distributed.all_reduce(flat)
     return dict(bytes=4*n, ms=1e3*watch.seconds/repeats)
 
-# %% ../nbs/83_scaling.ipynb #047f8766
-def losses(
-    s, team:Ranks,
-    reverse=False, # the samples of each batch, which should change nothing
-)->tuple: # (nll of samples after training, nats; `Stream`)
-    "Train on a stream, then compute losses"
-    lm = model_of(s)
-    samples, stream = endless(lm, s.longest), stream_on(lm, s, s.batch*(s.steps + 1), team)
-    if reverse: reversed_steps(stream.trainer)
-    advance(stream, samples, s.steps, s.batch)
-    stream.finish()
-    lm.wrapped = None
-    return grade(lm, list(itertools.islice(endless(lm, s.longest), 400))).nll, stream
+# %% ../nbs/83_scaling.ipynb #af136651
+def keep_diary(trainer:Trainer)->list: # of (tokens of each sample of a batch, nll of each [B]), to be filled
+    "Have a trainer note what it trains on, and what it meets there"
+    step, diary = trainer.step, []
+    def noted(encoded, weights):
+        told = step(encoded, weights)
+        diary.append(([e.ids for e in encoded], told.nll.cpu().numpy().copy()))
+        return told
+    trainer.step = noted
+    return diary
 
 def reversed_steps(trainer:Trainer):
     "Let a trainer take each batch from its end, and tell of it from its beginning"
@@ -151,14 +149,37 @@ def reversed_steps(trainer:Trainer):
     def backwards(encoded, weights): return type(told := step(encoded[::-1], weights[::-1].copy()))(*(x.flip(0) for x in told))
     trainer.step = backwards
 
+def losses(
+    s, team:Ranks,
+    reverse=False, # the samples of each batch, which should change nothing
+)->tuple: # (nll of samples after training, nats; `Stream`; the diary)
+    "Train on a stream, then compute losses"
+    lm = model_of(s)
+    samples, stream = endless(lm, s.longest), stream_on(lm, s, s.batch*(s.steps + 1), team)
+    if reverse: reversed_steps(stream.trainer)
+    diary = keep_diary(stream.trainer)
+    advance(stream, samples, s.steps, s.batch)
+    stream.finish()
+    lm.wrapped = None
+    return grade(lm, list(itertools.islice(endless(lm, s.longest), 400))).nll, stream, diary
+
 # %% ../nbs/83_scaling.ipynb #9f7d1640
+def common_steps(
+    a:list, b:list, # diaries
+)->dict: # `common`: steps before the first on different batches; `gap`: the largest difference of nll in these, nats
+    "How long two runs train on the same, and how far apart they are until then"
+    same = [x[0] == y[0] for x, y in zip(a, b)]
+    n = same.index(False) if False in same else len(same)
+    return dict(common=n, gap=float(max((np.abs(x[1] - y[1]).max() for x, y in zip(a[:n], b[:n])), default=0.)))
+
 def compare(
     one:tuple, other:tuple, # as from `losses`
 )->dict:
     "How far two runs are apart"
-    gap, (a, b) = np.abs(one[0] - other[0]), ([k.encoded.ids for k in stream.buffer.items] for _, stream in (one, other))
-    budgets = [{k: v for k, v in vars(stream.trainer.budget).items() if k != 'seconds'} for _, stream in (one, other)]
-    return dict(max_gap=float(gap.max()), mean_gap=float(gap.mean()), same_slots=float(np.mean([x == y for x, y in zip(a, b)])), same_size=len(a) == len(b), same_budget=budgets[0] == budgets[1])
+    gap, (a, b) = np.abs(one[0] - other[0]), ([k.encoded.ids for k in stream.buffer.items] for _, stream, _ in (one, other))
+    budgets = [{k: v for k, v in vars(stream.trainer.budget).items() if k != 'seconds'} for _, stream, _ in (one, other)]
+    return dict(max_gap=float(gap.max()), mean_gap=float(gap.mean()), same_slots=float(np.mean([x == y for x, y in zip(a, b)])), same_size=len(a) == len(b),
+                same_budget=budgets[0] == budgets[1]) | common_steps(one[2], other[2])
 
 def equal(
     spec:dict,
