@@ -132,7 +132,7 @@ def serve_command(a)->int: # exit code
 def export_command(a):
     "`sage-paper export`"
     root = find_root()
-    s = load_settings('full_training', known_profile(a.profile, root), root/'settings.ini', **(read_changes(a.changes, 'full_training') if a.changes else {}))
+    s = load_settings('full_training', known_profile(a.profile, root, CATALOGUE['full_training']), root/'settings.ini', **(read_changes(a.changes, 'full_training') if a.changes else {}))
     from sage_paper.trained_agent import train_and_export   # from here on it takes long
     print(f'training, profile {s.profile}, variant {a.variant}; then {a.folder}', flush=True)
     with interruptible(): record = train_and_export(s, a.folder, a.variant, a.seed)
@@ -154,7 +154,7 @@ def listing(
     for k, e in enumerate(CATALOGUE.values(), 1):
         title, question = title_and_question(e, root)
         lines += [f'{k}. '*number + f'{e.id}: {title}', *textwrap.wrap(question, width, initial_indent='   ', subsequent_indent='   ')]
-        for profile in profiles(root):
+        for profile in profiles(root, e):
             st = state(e, profile, root, known)
             text = f'{st}; {estimate(e, profile, root, st, known.get((e.id, profile), {}), here, there)}'
             lines += textwrap.wrap(text, width, initial_indent=f'   {profile:7}', subsequent_indent=' '*10)
@@ -206,16 +206,18 @@ def start(
 def experiment_command(a):
     "`sage-paper --experiment`"
     e, root = find_experiment(a.experiment), find_root()
-    known_profile(a.profile, root)
+    known_profile(a.profile, root, e)
     if (a.engine or engine_name()) == 'ray': find_ray()   # or say at once that it is not there
     if not a.yes and not terminal(): raise SettingsError('nobody can be asked here whether to start: add --yes, or look with --list')
     start(make_plan(e, a.profile, root, a.seeds, a.config, a.engine), a.yes)
 
 def known_profile(
     name:str, root:Path,
+    e=None, # an `Experiment` that is to have settings in it
 )->str:
     "The name, if it is a profile; raises `SettingsError`"
-    names = profiles(root)
+    names = profiles(root, e)
+    if name not in names and name in profiles(root): raise SettingsError(f'{e.id} has no settings in profile {name!r}. It has them in {", ".join(names)}')
     if name not in names: raise SettingsError(f'unknown profile {name!r}{nearest(name, dict(zip(names, names)))} There are {", ".join(names)}')
     return name
 
@@ -245,8 +247,8 @@ def menu_command(a):
     root = find_root()
     print(listing(root, number=True) + '\n')
     if (e := choose('Experiment (number or id; Enter leaves): ', by_number)) is None: return
-    names = profiles(root)
-    profile = choose(f'Profile ({", ".join(names)}; Enter takes {names[0]}): ', lambda text: known_profile(text, root)) or names[0]
+    names = profiles(root, e)
+    profile = choose(f'Profile ({", ".join(names)}; Enter takes {names[0]}): ', lambda text: known_profile(text, root, e)) or names[0]
     print('Working out which runs there are …', flush=True)
     start(make_plan(e, profile, root), yes=False)
 
@@ -255,10 +257,10 @@ def list_runs_command(a):
     "`sage-paper runs list`"
     from tqdm import tqdm
     root, e = find_root(), a.experiment and find_experiment(a.experiment)
-    known, names, dates = remembered(root), profiles(root), commit_dates(root)
-    todo = [(x, p) for x in ([e] if e else CATALOGUE.values()) for p in names if a.profile in (None, p) and (x.id, p) not in known]
+    known, dates = remembered(root), commit_dates(root)
+    todo = [(x, p) for x in ([e] if e else CATALOGUE.values()) for p in profiles(root, x) if a.profile in (None, p) and (x.id, p) not in known]
     for x, p in tqdm(todo, desc='comparing with the settings', disable=None, leave=False): known[x.id, p] = work_out(x, p, root)
-    found = [entries(folder, known[x.id, p] if p in names else (), dates, root) for x, p, folder in record_folders(root, e, a.profile)]
+    found = [entries(folder, known.get((x.id, p), ()), dates, root) for x, p, folder in record_folders(root, e, a.profile)]
     print('\n\n'.join(map(table, filter(None, found))) or 'no records')
 
 def show_runs_command(a):

@@ -8,7 +8,7 @@ __all__ = ['EXPERIMENTS', 'SettingsError', 'find_root', 'Profile', 'in_range', '
            'read_ini', 'load_settings', 'notebook_parameters', 'notebook_settings', 'read_changes']
 
 # %% ../nbs/00_config.ipynb #e45e1cd1
-import configparser, dataclasses, difflib, os, typing
+import configparser, dataclasses, difflib, os, types, typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -162,7 +162,7 @@ class Coreset(Profile):
     streams: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...]
     selectors: tuple[Literal['random', 'longest', 'nll', 'entropy', 'margin', 'k_center', 'sure', 'rho_loss', 'gradient_similarity', 'ssis'], ...]
     fractions: tuple[float, ...]  # parts of the stream that are kept
-    ablations: tuple[Literal['uncertainty', 'distance', 'risk', 'uncertainty+distance', 'uncertainty+risk', 'distance+risk', 'equal', 'mild', 'standard', 'quantile'], ...] # of SSIS
+    ablations: tuple[Literal['uncertainty', 'distance', 'risk', 'uncertainty+distance', 'uncertainty+risk', 'distance+risk', 'equal', 'mild', 'standard', 'quantile'], ...] | tuple[()] # of SSIS
     ablation_fraction: float      # part that is kept in these
     n_tools: int                  # of ToolStream and SageWorld
     train_per_tool: int           # most training queries a tool of these has
@@ -203,7 +203,7 @@ class Arrivals(Profile):
     lr_first: tuple[float, ...]      # of learning the old tools, and of the bounds
     epochs_first: int                # passes over the old tools' queries
     orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
-    in_depth: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...]   # of these, where other sizes of the memory, SAGE without its parts and tools that change are run too
+    in_depth: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...] | tuple[()]   # of these, where other sizes of the memory, SAGE without its parts and tools that change are run too
     n_changed: int                   # old tools that are retired, and as many that change, in pairs
     n_added: int                     # tools that come when others are retired
     eval_batch_size: int             # queries a forward pass when evaluating
@@ -224,13 +224,13 @@ class Arrivals(Profile):
 class Continual(Arrivals):
     "Settings of `exp_continual`"
     strategies: tuple[Literal['finetune', 'finetune_lora', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage', 'sage_lora'], ...]
-    ablations: tuple[Literal['logits', 'slow', 'ratio', 'priority', 'balance'], ...]   # what SAGE is run without
+    ablations: tuple[Literal['logits', 'slow', 'ratio', 'priority', 'balance'], ...] | tuple[()]   # what SAGE is run without
     epochs: int                      # samples trained on for each new one, replay included
     batch_size: int                  # samples a step
     buffer_size: int                 # samples that a memory holds
-    buffers: tuple[int, ...]         # other sizes
-    buffer_strategies: tuple[Literal['er', 'sure', 'der', 'sage'], ...]   # that are run with these
-    changing_strategies: tuple[Literal['finetune', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage'], ...]
+    buffers: tuple[int, ...] | tuple[()]   # other sizes
+    buffer_strategies: tuple[Literal['er', 'sure', 'der', 'sage'], ...] | tuple[()]   # that are run with these
+    changing_strategies: tuple[Literal['finetune', 'ewc', 'ewc_online', 'agem', 'er', 'sure', 'der', 'sage'], ...] | tuple[()]
     rank: int                        # of LoRA's matrices
     n_fisher: int                    # samples of a round that the Fisher information is taken from
     replay_ratio: float              # part of a step that A-GEM, DER++ and SAGE without its own ratio take from memory
@@ -382,6 +382,7 @@ def accepted(
 )->str: # for people
     "What a field of type `kind` accepts, in words"
     if typing.get_origin(kind) is Literal: return 'one of ' + ', '.join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is types.UnionType: return accepted(typing.get_args(kind)[0]).replace('one or more', 'none or more')
     if typing.get_origin(kind) is tuple: return f'one or more, separated by blanks, each {accepted(typing.get_args(kind)[0])}'
     return {int: 'a whole number', float: 'a number', str: 'text'}[kind]
 
@@ -392,6 +393,7 @@ def convert(
 ): # `value` as that type; raises `ValueError` or `TypeError`
     "`value` as the type `kind`, never by truncating or guessing"
     if isinstance(value, bool): raise TypeError('no field is a truth value')
+    if typing.get_origin(kind) is types.UnionType: return () if value in ('', [], ()) else convert(value, typing.get_args(kind)[0])
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind): raise ValueError
         return value
@@ -444,7 +446,7 @@ def load_settings(
     own = f'{profile}.{experiment}'
     for s in (profile, own):
         if s not in ini:
-            names = [n for n in ini.sections() if '.' not in n]
+            names = [n for n in ini.sections() if '.' not in n and (s == profile or f'{n}.{experiment}' in ini)]
             raise SettingsError(f'no section [{s}] in settings.ini; profiles are {", ".join(names)}')
     values = typed(ini[profile], Profile, f'[{profile}]') | typed(ini[own], cls, f'[{own}]')
     values |= typed(changes, cls, 'the notebook parameters')

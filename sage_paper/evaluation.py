@@ -14,7 +14,9 @@ from .calls import Sample, ToolCall, format_calls, parse_calls
 from .capture import Captured
 from .model import LM, Encoded, encode, forward, no_progress, render, sum_by_row, tiny_lm
 from .scores import score_call
-with no_progress(): from transformers import StaticCache
+with no_progress():
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
 
 # %% ../nbs/21_evaluation.ipynb #dd6a9d21
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class KeyValues(StaticCache):
     "Keys and values of all layers, in tensors of fixed size and one precision"
     def __init__(self, lm:LM, length:int):
         super().__init__(config=lm.model.config, max_cache_len=length)
+        self.layers = [StaticLayer(length) if layer.is_sliding else layer for layer in self.layers]
         self.dtype = torch.bfloat16 if lm.bf16 else lm.model.dtype
 
     def update(self, keys, values, *args, **kwargs): return super().update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)

@@ -69,9 +69,13 @@ def title_and_question(
     return found.groups()
 
 # %% ../nbs/85_experiments.ipynb #02087dec
-def profiles(root:Path)->list: # of str
-    "The profiles of the settings file"
-    return [name for name in read_ini(root/'settings.ini').sections() if '.' not in name]
+def profiles(
+    root:Path,
+    e:Experiment=None, # all profiles, if not given
+)->list: # of str
+    "The profiles of the settings file, or those in which an experiment has settings"
+    sections = read_ini(root/'settings.ini').sections()
+    return [name for name in sections if '.' not in name and (e is None or f'{name}.{e.settings}' in sections)]
 
 # %% ../nbs/85_experiments.ipynb #24fc9639
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def asked_by_settings(
     root:Path,
 )->set: # of 'folder/key'
     "The runs that the current settings ask for; none where they have no such profile; raises `SettingsError`"
-    return {*work_out(e, profile, root)} if profile in profiles(root) else set()
+    return {*work_out(e, profile, root)} if profile in profiles(root, e) else set()
 
 def record_folders(
     root:Path,

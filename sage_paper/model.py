@@ -260,20 +260,22 @@ class LM:
 
 # %% ../nbs/20_model.ipynb #e0b561ff
 @contextmanager
-def maskless(model):
-    "Attention that is causal and nothing else"
+def maskless(model,
+    length:int, # tokens of what it reads
+):
+    "Attention that is causal and nothing else; the model's own where its layers look back less far"
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     AttentionInterface.register('sdpa_maskless', sdpa_attention_forward)
     config, own = model.config, model.config._attn_implementation
-    config._attn_implementation = 'sdpa_maskless'
+    if length <= (getattr(config, 'sliding_window', None) or length): config._attn_implementation = 'sdpa_maskless'
     try: yield
     finally: config._attn_implementation = own
 
 # %% ../nbs/20_model.ipynb #ba839e11
 def _pass(lm, batch):
     "One pass through the model in this process"
-    with lm.autocast(), maskless(decoder := lm.model.get_decoder()):
+    with lm.autocast(), maskless(decoder := lm.model.get_decoder(), batch.input_ids.shape[1]):
         states = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         hidden = states[batch.row.clamp(max=len(states) - 1), batch.at]
         logits = lm.model.get_output_embeddings()(hidden).float()
@@ -378,6 +380,7 @@ class Shape:
     "What a model's cost depends on"
     body: int     # weights multiplied once a token: all but embeddings, head and norms
     layers: int
+    attention: int # heads times their size
     hidden: int
     vocabulary: int
 
@@ -386,7 +389,9 @@ def shape(lm:LM)->Shape:
     decoder, head = lm.model.get_decoder(), lm.model.get_output_embeddings()
     outside = {id(head.weight), id(lm.model.get_input_embeddings().weight)}
     body = sum(p.numel() for p in decoder.parameters() if p.dim() > 1 and id(p) not in outside)
-    return Shape(body, lm.model.config.num_hidden_layers, head.in_features, head.out_features)
+    config = lm.model.config
+    heads, hidden = config.num_attention_heads, head.in_features
+    return Shape(body, config.num_hidden_layers, heads*(getattr(config, 'head_dim', None) or hidden//heads), hidden, head.out_features)
 
 # %% ../nbs/20_model.ipynb #44781412
 def forward_flops(
@@ -394,5 +399,5 @@ def forward_flops(
     encoded:list, # of `Encoded`
 )->int:
     "Operations of one forward pass over the samples"
-    def one(e): return 2*s.body*len(e.ids) + 4*s.layers*s.hidden*len(e.ids)**2 + 2*s.hidden*s.vocabulary*e.n_answer
+    def one(e): return 2*s.body*len(e.ids) + 4*s.layers*s.attention*len(e.ids)**2 + 2*s.hidden*s.vocabulary*e.n_answer
     return sum(map(one, encoded))

@@ -56,7 +56,7 @@ def pooled(
     n_tokens, # [B], of each text
 )->torch.Tensor: # [B, d], fp32
     "Mean of the last hidden states over each text"
-    with lm.autocast(), maskless(decoder := lm.model.get_decoder()):
+    with lm.autocast(), maskless(decoder := lm.model.get_decoder(), ids.shape[1]):
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state
     mask = torch.arange(ids.shape[1], device=ids.device) < n_tokens[:, None]
     return (states.float()*mask[..., None]).sum(1)/n_tokens[:, None]

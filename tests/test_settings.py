@@ -10,6 +10,7 @@ from sage_paper.config import EXPERIMENTS, Streaming, SettingsError, load_settin
 
 FILE = ROOT/'settings.ini'
 PROFILES = [s for s in read_ini(FILE).sections() if '.' not in s]
+OWN = [s.split('.') for s in read_ini(FILE).sections() if '.' in s]   # (profile, experiment)
 NOTEBOOKS = sorted((ROOT/'nbs').glob('exp_*.ipynb'))
 FIELDS = [f.name for f in dataclasses.fields(Streaming) if f.name != 'profile']
 SECTION = '[smoke.streaming]'
@@ -30,14 +31,28 @@ MISTAKES = {  # what is wrong: (text of the smoke profile, what stands there ins
 }
 
 
-@pytest.mark.parametrize('profile', PROFILES)
-@pytest.mark.parametrize('experiment', EXPERIMENTS)
-def test_every_profile_loads(experiment, profile):
+@pytest.mark.parametrize('profile,experiment', OWN)
+def test_every_profile_loads(profile, experiment):
     s = load_settings(experiment, profile, FILE)
     assert s.profile == profile and type(s) is EXPERIMENTS[experiment] and len(set(s.seeds)) == len(s.seeds)
 
 
-def test_smoke_and_paper_are_there(): assert {'smoke', 'paper'} <= set(PROFILES)
+def test_every_section_is_of_a_profile_and_an_experiment(): assert {p for p, _ in OWN} == {*PROFILES} and {e for _, e in OWN} == {*EXPERIMENTS}
+
+
+def test_smoke_and_paper_have_all_experiments(): assert all([p, e] in OWN for p in ('smoke', 'paper') for e in EXPERIMENTS)
+
+
+@pytest.mark.parametrize('experiment', [e for p, e in OWN if p == 'gemma'])
+def test_another_model_is_tried_as_the_papers_was(experiment):
+    "All but sizes that the claims do not rest on, rates, and what fits into a GPU"
+    free = {'profile', 'model', 'jobs', 'jobs_gpu_gb', 'eval_batch_size', 'streams', 'selectors', 'fractions', 'ablations', 'strategies', 'buffers', 'buffer_strategies', 'in_depth', 'changing_strategies', 'grid', 'chosen', 'lr_grid'}
+    per_stream = {'n_old', 'n_new', 'rounds', 'train_per_tool', 'test_per_tool'}
+    a, b = (dataclasses.asdict(load_settings(experiment, p, FILE)) for p in ('gemma', 'paper'))
+    for k in a.keys() - free:
+        if k.startswith('lr'): continue
+        assert a[k] == (b[k][:1] if k in per_stream and experiment == 'continual' else b[k]), k
+    assert all({*a[k]} <= {*b[k]} for k in ('selectors', 'fractions', 'strategies') if k in a)
 
 
 @pytest.mark.parametrize('experiment', EXPERIMENTS)
