@@ -87,9 +87,9 @@ def large_models(records)->pd.DataFrame: # a row a run
 # %% ../nbs/84_planning.ipynb #bed061bb
 def equalities(records)->pd.DataFrame: # a row a number of ranks; losses in nats
     "How far several GPUs are from one"
-    rows = [dict(ranks=r['spec']['ranks'], steps=r['spec']['steps'], nll=x['nll'], mean_gap=x['ranks']['mean_gap'], largest_gap=x['ranks']['max_gap'], by_rounding=x['noise']['max_gap'], same_buffer=x['ranks']['same_slots'] == 1, alike=x['alike'])
+    rows = [dict(ranks=r['spec']['ranks'], steps=r['spec']['steps'], nll=x['nll'], mean_gap=x['ranks']['mean_gap'], largest_gap=x['ranks']['max_gap'], common=x['ranks']['common'], until_then=x['ranks']['gap'], by_rounding=x['noise']['max_gap'], same_buffer=x['ranks']['same_slots'] == 1, alike=x['alike'])
             for r in records if r['spec']['run'] == 'equal' for x in [r['result']]]
-    return pd.DataFrame(rows, columns=['ranks', 'steps', 'nll', 'mean_gap', 'largest_gap', 'by_rounding', 'same_buffer', 'alike']).set_index('ranks').sort_index()
+    return pd.DataFrame(rows, columns=['ranks', 'steps', 'nll', 'mean_gap', 'largest_gap', 'common', 'until_then', 'by_rounding', 'same_buffer', 'alike']).set_index('ranks').sort_index()
 
 # %% ../nbs/84_planning.ipynb #0f26270f
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def scaling_numbers(
     c, ups, out = measured(records, efficiency), speed_ups(records), {}
     for n, r in ups.iterrows(): out |= {macro_name('scaling', str(n), 'step'): f'{r.step_ms:.1f}', macro_name('scaling', str(n), 'up'): f'{r.speed_up:.2f}'}
     for n, r in sweep_gains(records).iterrows(): out |= {macro_name('sweep', str(n), 'up'): f'{r.speed_up:.2f}', macro_name('sweep', str(n), 'runs'): str(int(r.runs))}
-    for n, r in equalities(records).iterrows(): out |= {macro_name('scaling', str(n), 'gap'): f'{np.ceil(1e4*r.largest_gap)/1e4:g}', macro_name('scaling', str(n), 'equal', 'steps'): str(r.steps)}
+    for n, r in equalities(records).iterrows(): out |= {macro_name('scaling', str(n), 'gap'): f'{np.ceil(1e4*r.largest_gap)/1e4:g}', macro_name('scaling', str(n), 'equal', 'steps'): str(r.steps),
+                                                   macro_name('scaling', str(n), 'common'): str(r.common), macro_name('scaling', str(n), 'until'): f'{np.ceil(1e5*r.until_then)/1e5:.5f}'}
     for (shape, n), r in large_models(records).iterrows():
         name = ('scaling', shape, 'on', str(n))
         out |= {macro_name(*name, 'memory'): f'{r.gigabytes:.0f}', macro_name(*name, 'tokens'): f'{r.tokens_per_second:,.0f}', macro_name(*name, 'of', 'peak'): percent(r.utilisation, 0)}
