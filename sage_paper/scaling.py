@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SCALING_VERSION', 'PEAK_FLOPS', 'DEFAULTS', 'model_of', 'endless', 'stream_on', 'advance', 'fingerprint',
-           'alike_on_all', 'graphs', 'peak', 'timed', 'rates', 'weak', 'exchange', 'losses', 'reversed_steps',
-           'compare', 'equal', 'peak_flops', 'random_samples', 'large', 'main']
+           'alike_on_all', 'graphs', 'peak', 'timed', 'rates', 'weak', 'exchange', 'keep_diary', 'reversed_steps',
+           'losses', 'common_steps', 'compare', 'equal', 'peak_flops', 'random_samples', 'large', 'one_run',
+           'side_by_side', 'sweep', 'main']
 
 # %% ../nbs/83_scaling.ipynb #a9d26f85
-import argparse, hashlib, itertools, json, sys
+import argparse, hashlib, itertools, json, sys, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
 from .capture import Captured
+from .engines import on_joblib, visible_gpus
 from .evaluation import grade
 from .model import LM, Encoded, encode, fresh_lm, tiny_lm
 from .queries import sageworld
@@ -130,19 +132,16 @@ def exchange(
         for _ in range(repeats): torch.distributed.all_reduce(flat)
     return dict(bytes=4*n, ms=1e3*watch.seconds/repeats)
 
-# %% ../nbs/83_scaling.ipynb #047f8766
-def losses(
-    s, team:Ranks,
-    reverse=False, # the samples of each batch, which should change nothing
-)->tuple: # (nll of samples after training, nats; `Stream`)
-    "Train on a stream, then compute losses"
-    lm = model_of(s)
-    samples, stream = endless(lm, s.longest), stream_on(lm, s, s.batch*(s.steps + 1), team)
-    if reverse: reversed_steps(stream.trainer)
-    advance(stream, samples, s.steps, s.batch)
-    stream.finish()
-    lm.wrapped = None
-    return grade(lm, list(itertools.islice(endless(lm, s.longest), 400))).nll, stream
+# %% ../nbs/83_scaling.ipynb #af136651
+def keep_diary(trainer:Trainer)->list: # of (tokens of each sample of a batch, nll of each [B]), to be filled
+    "Have a trainer note what it trains on, and what it meets there"
+    step, diary = trainer.step, []
+    def noted(encoded, weights):
+        told = step(encoded, weights)
+        diary.append(([e.ids for e in encoded], told.nll.cpu().numpy().copy()))
+        return told
+    trainer.step = noted
+    return diary
 
 def reversed_steps(trainer:Trainer):
     "Let a trainer take each batch from its end, and tell of it from its beginning"
@@ -150,14 +149,37 @@ def reversed_steps(trainer:Trainer):
     def backwards(encoded, weights): return type(told := step(encoded[::-1], weights[::-1].copy()))(*(x.flip(0) for x in told))
     trainer.step = backwards
 
+def losses(
+    s, team:Ranks,
+    reverse=False, # the samples of each batch, which should change nothing
+)->tuple: # (nll of samples after training, nats; `Stream`; the diary)
+    "Train on a stream, then compute losses"
+    lm = model_of(s)
+    samples, stream = endless(lm, s.longest), stream_on(lm, s, s.batch*(s.steps + 1), team)
+    if reverse: reversed_steps(stream.trainer)
+    diary = keep_diary(stream.trainer)
+    advance(stream, samples, s.steps, s.batch)
+    stream.finish()
+    lm.wrapped = None
+    return grade(lm, list(itertools.islice(endless(lm, s.longest), 400))).nll, stream, diary
+
 # %% ../nbs/83_scaling.ipynb #9f7d1640
+def common_steps(
+    a:list, b:list, # diaries
+)->dict: # `common`: steps before the first on different batches; `gap`: the largest difference of nll in these, nats
+    "How long two runs train on the same, and how far apart they are until then"
+    same = [x[0] == y[0] for x, y in zip(a, b)]
+    n = same.index(False) if False in same else len(same)
+    return dict(common=n, gap=float(max((np.abs(x[1] - y[1]).max() for x, y in zip(a[:n], b[:n])), default=0.)))
+
 def compare(
     one:tuple, other:tuple, # as from `losses`
 )->dict:
     "How far two runs are apart"
-    gap, (a, b) = np.abs(one[0] - other[0]), ([k.encoded.ids for k in stream.buffer.items] for _, stream in (one, other))
-    budgets = [{k: v for k, v in vars(stream.trainer.budget).items() if k != 'seconds'} for _, stream in (one, other)]
-    return dict(max_gap=float(gap.max()), mean_gap=float(gap.mean()), same_slots=float(np.mean([x == y for x, y in zip(a, b)])), same_size=len(a) == len(b), same_budget=budgets[0] == budgets[1])
+    gap, (a, b) = np.abs(one[0] - other[0]), ([k.encoded.ids for k in stream.buffer.items] for _, stream, _ in (one, other))
+    budgets = [{k: v for k, v in vars(stream.trainer.budget).items() if k != 'seconds'} for _, stream, _ in (one, other)]
+    return dict(max_gap=float(gap.max()), mean_gap=float(gap.mean()), same_slots=float(np.mean([x == y for x, y in zip(a, b)])), same_size=len(a) == len(b),
+                same_budget=budgets[0] == budgets[1]) | common_steps(one[2], other[2])
 
 def equal(
     spec:dict,
@@ -203,10 +225,45 @@ def large(
     return found | dict(weights=sum(p.numel() for p in lm.model.parameters()), peak_bytes=peak(lm.device), nll=float(met.nll.mean()),
                         utilisation=most and found['flops_per_second_and_gpu']/most)
 
+# %% ../nbs/83_scaling.ipynb #bfecdccb
+def one_run(
+    spec:dict,
+)->int: # tokens trained on
+    "A short run from its beginning to its end"
+    s = SimpleNamespace(**spec)
+    lm = model_of(s)
+    stream = stream_on(lm, s, s.batch*(s.steps + 1))
+    advance(stream, endless(lm, s.longest), s.steps, s.batch)
+    stream.finish()
+    return stream.trainer.budget.tokens
+
+# %% ../nbs/83_scaling.ipynb #e86b747d
+def side_by_side(
+    spec:dict,
+    gpus:list, # as from `visible_gpus`
+)->dict: # `gpus`, `runs`, `tokens`, `seconds`, `runs_per_hour`
+    "Runs as a sweep makes them, by processes that end with it"
+    from joblib.externals.loky import get_reusable_executor
+    n, began = spec['runs']*max(1, len(gpus)), time.perf_counter()
+    tokens = [done for _, done in on_joblib(one_run, [(str(k), spec) for k in range(n)], spec['jobs'], gpus)]
+    seconds = time.perf_counter() - began
+    if spec['jobs'] > 1: get_reusable_executor().shutdown()   # each has taken a GPU and would keep it
+    return dict(gpus=len(gpus), runs=n, tokens=sum(tokens), seconds=seconds, runs_per_hour=3600*n/seconds)
+
+# %% ../nbs/83_scaling.ipynb #9fb8cece
+def sweep(
+    spec:dict,
+)->dict: # the record's result
+    "Separate runs on one GPU, then on all that there are"
+    gpus = visible_gpus()
+    parts = [side_by_side(spec, gpus[:k]) for k in sorted({min(1, len(gpus)), len(gpus)})]
+    return dict(parts=parts, speed_up=parts[-1]['runs_per_hour']/parts[0]['runs_per_hour'])
+
 # %% ../nbs/83_scaling.ipynb #367f8c20
 DEFAULTS = {   # what of a run's settings can be given on the command line
     weak:  dict(model='smollm2-135m-instruct', precision='auto', longest=96, lr=2e-4, per_rank=32, buffer=2000, warmup=40, steps=20, capture=True, overlap=True),
     equal: dict(model='smollm2-135m-instruct', precision='fp32', longest=96, lr=2e-4, batch=64, buffer=200, steps=20, capture=True, overlap=True),
+    sweep: dict(model='smollm2-135m-instruct', precision='auto', longest=96, lr=2e-4, batch=32, buffer=2000, steps=400, runs=4, jobs=4, capture=True, overlap=True),
     large: dict(shape='7b', precision='bf16', states='fp32', per_rank=8, length=512, warmup=3, steps=5, checkpoint=True, capture=True),
 }
 
@@ -228,6 +285,7 @@ def main(
     "Measure, or load what has been measured; the first rank prints it"
     given = vars(_parser().parse_args(argv))
     run, out = given.pop('run'), given.pop('out')
+    if run is sweep: given['gpus'] = len(visible_gpus())
     record = run_or_load(run, 'scaling', SCALING_VERSION, dict(run=run.__name__, ranks=ranks().size, **given), out)
     if ranks().rank == 0: print(json.dumps(dict(spec=record['spec'], result=record['result'], seconds=round(record['seconds'], 1), device=record['environment']['device'])), flush=True)
     leave()
