@@ -127,7 +127,8 @@ def compute_used(
     "What the records of a profile took to make, those that learning rates were chosen by included"
     found = []
     for e in CATALOGUE.values():
-        ends = [read_ends(p) for p in (paths := _made_for(e, profile, root))]
+        paths = _made_for(e, profile, root)
+        ends = [read_ends(p) for p in paths]
         on = Counter(re.match(r'\w+', r['environment']['device'].removeprefix('NVIDIA '))[0] for r in ends)
         if ends: found.append(dict(experiment=title_and_question(e, root)[0], runs=len(ends), hours=sum(r['seconds'] for r in ends)/3600, devices=', '.join(f'{n} on {d}' for d, n in on.most_common()), keys=[p.stem for p in paths]))
     return found
@@ -151,18 +152,18 @@ def settings_latex(
     root:Path, # the project's
     profile='paper',
 )->str:
-    "All settings of a profile as LaTeX, a paragraph an experiment, then what differs under profiles that it is compared with"
+    "All settings of a profile as LaTeX, a paragraph an experiment, then what differs under profiles that it is compared with, where they have runs"
     from dataclasses import fields
     def own(s, names): return ', '.join(f'\\texttt{{{n}}} {_value(getattr(s, n))}' for n in names).replace('_', '\\_\\allowbreak{}')
     every = [f.name for f in fields(Profile) if f.name != 'profile']
     shared = load_settings('streaming', profile, root/'settings.ini')
     lines = ['\\paragraph{All.} ' + own(shared, [n for n in every if not n.startswith('jobs')]) + '.']
-    for e in CATALOGUE.values():
+    for e in (e for e in CATALOGUE.values() if e.reported):
         s = load_settings(e.settings, profile, root/'settings.ini')
         names = [f.name for f in fields(s) if f.name not in every + ['profile'] or getattr(s, f.name) != getattr(shared, f.name)]
         lines.append(f'\\paragraph{{{title_and_question(e, root)[0]}.}} {own(s, [n for n in names if not n.startswith("jobs")])}.')
     for other in (x for x in load_settings('two_models', profile, root/'settings.ini').profiles if x != profile):
-        for e in (e for e in CATALOGUE.values() if other in profiles(root, e)):
+        for e in (e for e in CATALOGUE.values() if record_files(root/'runs'/e.settings/other)):
             s, t = (load_settings(e.settings, p, root/'settings.ini') for p in (other, profile))
             names = [f.name for f in fields(s) if f.name not in ('profile', 'jobs', 'jobs_gpu_gb') and getattr(s, f.name) != getattr(t, f.name)]
             lines.append(f'\\paragraph{{{title_and_question(e, root)[0]}, profile {other}.}} {own(s, names)}; the rest as above.')
