@@ -123,6 +123,7 @@ class Terminal:
 
 # ---- The list
 
+@pytest.mark.alone
 def test_the_list_is_there_at_once(project):
     "With nothing remembered and thousands of large records, without loading what takes long"
     folder = project/'runs/streaming/paper'
@@ -138,6 +139,7 @@ def test_the_list_is_there_at_once(project):
     assert took < 1 and out.splitlines()[-1] == '[]' and '3000 records, not yet compared' in out
 
 
+@pytest.mark.alone
 def test_the_list_is_as_quick_with_what_is_remembered(project):
     for profile in ('smoke', 'paper'): work_out(CATALOGUE['streaming_comparison'], profile, project)
     def one():
