@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SettingsError', 'find_root', 'Profile', 'in_range', 'Streaming', 'Challenges', 'Efficiency', 'Coreset',
-           'Arrivals', 'Continual', 'Reinforcement', 'Generalization', 'FullTraining', 'accepted', 'convert', 'typed',
-           'read_ini', 'load_settings', 'notebook_parameters', 'notebook_settings', 'read_changes']
+           'Arrivals', 'Continual', 'Reinforcement', 'Generalization', 'FullTraining', 'TwoModels', 'accepted',
+           'convert', 'typed', 'read_ini', 'load_settings', 'notebook_parameters', 'notebook_settings', 'read_changes']
 
 # %% ../nbs/00_config.ipynb #e45e1cd1
 import configparser, dataclasses, difflib, os, types, typing
@@ -372,9 +372,19 @@ class FullTraining(Profile):
         in_range(self, [f.name for f in dataclasses.fields(self) if f.type is int], lambda x: x >= 1, '1 or more')
         in_range(self, ('test_per_set',), lambda x: x >= 2, '2 or more, since queries are resampled')
 
+# %% ../nbs/00_config.ipynb #83d1b4fa
+@dataclass(frozen=True)
+class TwoModels(Profile):
+    "Settings of `exp_two_models`"
+    profiles: tuple[str, ...]  # of `exp_streaming`, `exp_coreset` and `exp_continual`: a model each
+    stream: Literal['sageworld', 'toolstream']   # that is compared
+    fraction: float            # part of it that selectors keep
+
+    def __post_init__(self): in_range(self, ('fraction',), lambda x: 0 < x <= 1, 'above 0 and at most 1')
+
 # %% ../nbs/00_config.ipynb #ecdaed79
 EXPERIMENTS = {'streaming': Streaming, 'challenges': Challenges, 'efficiency': Efficiency, 'coreset': Coreset, 'continual': Continual, 'rl': Reinforcement,
-               'generalization': Generalization, 'full_training': FullTraining}
+               'generalization': Generalization, 'full_training': FullTraining, 'two_models': TwoModels}
 
 # %% ../nbs/00_config.ipynb #2427a802
 def accepted(

@@ -22,7 +22,7 @@ class Experiment:
     id: str              # what the command line calls it
     settings: str        # a key of `EXPERIMENTS`; the notebook and the folder of its records are called after it
     module: str          # that lists its runs
-    reported: tuple[str, ...] # functions of that module, settings → descriptions of the runs that are reported
+    reported: tuple[str, ...] # functions of that module, settings → descriptions of the runs that are reported; none where it compares runs of others
     tuning: str = ''     # the same for the runs that learning rates are chosen by; '' where there are none
     shown: bool = False  # whether the notebook shows these too, under the paper's profile
 
@@ -39,7 +39,8 @@ CATALOGUE = {e.id: e for e in (
     Experiment('challenges', 'challenges', 'challenge_runs', ('challenge_specs',), 'challenge_tuning_specs'),
     Experiment('generalization', 'generalization', 'generalization_runs', ('generalization_specs',), 'generalization_tuning_specs'),
     Experiment('full_training', 'full_training', 'full_training_runs', ('full_training_specs',)),
-    Experiment('efficiency', 'efficiency', 'efficiency_runs', ('efficiency_specs',)))}
+    Experiment('efficiency', 'efficiency', 'efficiency_runs', ('efficiency_specs',)),
+    Experiment('two_models', 'two_models', 'two_models', ()))}
 
 # %% ../nbs/85_experiments.ipynb #2923c09c
 def nearest(
@@ -102,6 +103,7 @@ def wanted_runs(
     "All runs that settings ask for, each once; raises `AssetError` where data that names them cannot be had"
     from sage_paper.records import record_key
     from sage_paper.report import PUBLISHED
+    if not e.reported: return []
     module = importlib.import_module(f'sage_paper.{e.module}')
     version = getattr(module, f'{e.settings.upper()}_VERSION')
     lists = [(e.settings, f, True) for f in e.reported] + [(f'{e.settings}_tuning', e.tuning, e.shown and s.profile == PUBLISHED)]*bool(e.tuning)
@@ -164,7 +166,8 @@ def published_keys(
     e:Experiment, profile:str,
     root:Path,
 )->set: # of 'folder/key'
-    "The records that the figures and tables were made of, by their manifests"
+    "The records that the figures and tables were made of, by their manifests; none where they are those of other experiments"
+    if not e.reported: return set()
     keys = set()
     for kind in ('figures', 'tables'):
         manifest = root/kind/'manifest.json'
@@ -189,6 +192,7 @@ class State:
     def __str__(self):
         if self.by == 'tables' and not self.missing: return f'has all {self.needed} records that its figures and tables were made of'
         if self.by == 'tables': return f'lacks {len(self.missing)} of the {self.needed} records that its figures and tables were made of'
+        if self.needed == 0: return 'no runs of its own'
         if not self.present: return 'no records yet'
         if not self.by: return f'{self.present} records, not yet compared with the settings'
         more = f', and {self.unused} that are not used'*bool(self.unused)
@@ -200,6 +204,7 @@ def state(
     known:dict, # as from `remembered`
 )->State:
     "The state, at once"
+    if not e.reported: return State(0, 0, ())
     there = {f'{f}/{p.stem}' for f in e.folders for p in record_files(root/'runs'/f/profile)}
     if (asked := known.get((e.id, profile))) is not None:
         needed = [r for r, (n, _) in asked.items() if n]

@@ -114,6 +114,12 @@ def table(
     return '\n'.join([head, *(f'  {e.path.stem}  {e.day}  {e.seconds:7.1f} s  {used[e.used]:8}  {name}'.rstrip() for name, e in rows)])
 
 # %% ../nbs/86_inventory.ipynb #f53ac3b5
+def _made_for(e, profile, root):
+    "An experiment's records; those of other profiles where it makes none and compares these"
+    if e.reported: return [p for f in e.folders for p in record_files(root/'runs'/f/profile)]
+    others = [x for x in load_settings(e.settings, profile, root/'settings.ini').profiles if x != profile]
+    return [p for x in CATALOGUE.values() for f in x.folders for other in others for p in record_files(root/'runs'/f/other)]
+
 def compute_used(
     root:Path, # the project's
     profile='paper',
@@ -121,8 +127,7 @@ def compute_used(
     "What the records of a profile took to make, those that learning rates were chosen by included"
     found = []
     for e in CATALOGUE.values():
-        paths = [p for f in e.folders for p in record_files(root/'runs'/f/profile)]
-        ends = [read_ends(p) for p in paths]
+        ends = [read_ends(p) for p in (paths := _made_for(e, profile, root))]
         on = Counter(re.match(r'\w+', r['environment']['device'].removeprefix('NVIDIA '))[0] for r in ends)
         if ends: found.append(dict(experiment=title_and_question(e, root)[0], runs=len(ends), hours=sum(r['seconds'] for r in ends)/3600, devices=', '.join(f'{n} on {d}' for d, n in on.most_common()), keys=[p.stem for p in paths]))
     return found
@@ -146,7 +151,7 @@ def settings_latex(
     root:Path, # the project's
     profile='paper',
 )->str:
-    "All settings of a profile as LaTeX, a paragraph an experiment"
+    "All settings of a profile as LaTeX, a paragraph an experiment, then what differs under profiles that it is compared with"
     from dataclasses import fields
     def own(s, names): return ', '.join(f'\\texttt{{{n}}} {_value(getattr(s, n))}' for n in names).replace('_', '\\_\\allowbreak{}')
     every = [f.name for f in fields(Profile) if f.name != 'profile']
@@ -156,6 +161,11 @@ def settings_latex(
         s = load_settings(e.settings, profile, root/'settings.ini')
         names = [f.name for f in fields(s) if f.name not in every + ['profile'] or getattr(s, f.name) != getattr(shared, f.name)]
         lines.append(f'\\paragraph{{{title_and_question(e, root)[0]}.}} {own(s, [n for n in names if not n.startswith("jobs")])}.')
+    for other in (x for x in load_settings('two_models', profile, root/'settings.ini').profiles if x != profile):
+        for e in (e for e in CATALOGUE.values() if other in profiles(root, e)):
+            s, t = (load_settings(e.settings, p, root/'settings.ini') for p in (other, profile))
+            names = [f.name for f in fields(s) if f.name not in ('profile', 'jobs', 'jobs_gpu_gb') and getattr(s, f.name) != getattr(t, f.name)]
+            lines.append(f'\\paragraph{{{title_and_question(e, root)[0]}, profile {other}.}} {own(s, names)}; the rest as above.')
     return '\n'.join(lines) + '\n'
 
 # %% ../nbs/86_inventory.ipynb #076a108a

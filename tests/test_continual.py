@@ -16,31 +16,34 @@ from sage_paper.replay import FIFOBuffer, ImportanceBuffer, ReservoirBuffer
 from sage_paper.sage import BalancedBuffer, Dark, Sage, replay_share
 from sage_paper.trainers import Learnt, Trainer
 
-PAPER, SMOKE = (load_settings('continual', p, ROOT/'settings.ini') for p in ('paper', 'smoke'))
+PAPER, SMOKE, GEMMA = (load_settings('continual', p, ROOT/'settings.ini') for p in ('paper', 'smoke', 'gemma'))
 
 
 # ---- settings ----
 
-def test_every_strategy_has_as_many_tries():
-    tries = Counter(read_choice(x)[0] for x in PAPER.grid)
-    assert set(tries) >= set(PAPER.strategies) and set(tries.values()) == {4}
-    assert len(set(PAPER.grid)) == len(PAPER.grid)
+@pytest.mark.parametrize('s', [PAPER, GEMMA], ids=['paper', 'gemma'])
+def test_every_strategy_has_as_many_tries(s):
+    tries = Counter(read_choice(x)[0] for x in s.grid)
+    assert set(tries) >= set(s.strategies) and len(set(tries.values())) == 1 and tries['sage'] >= 2
+    assert len(set(s.grid)) == len(s.grid)
 
 
-@pytest.mark.parametrize('s', [PAPER, SMOKE], ids=['paper', 'smoke'])
+@pytest.mark.parametrize('s', [PAPER, SMOKE, GEMMA], ids=['paper', 'smoke', 'gemma'])
 def test_every_strategy_has_one_choice(s):
     chosen = [read_choice(x)[0] for x in s.chosen]
     assert len(set(chosen)) == len(chosen) and set(chosen) >= set(s.strategies)
 
 
-def test_the_choices_are_among_the_tries(): assert {read_choice(x) for x in PAPER.chosen} <= {read_choice(x) for x in PAPER.grid}
+@pytest.mark.parametrize('s', [PAPER, GEMMA], ids=['paper', 'gemma'])
+def test_the_choices_are_among_the_tries(s): assert {read_choice(x) for x in s.chosen} <= {read_choice(x) for x in s.grid}
 
 
-def test_the_choices_are_the_ones_found():
-    found = [json.loads(p.read_text()) for p in sorted((ROOT/'runs/continual_tuning/paper').glob('*.json'))]
-    if not found: pytest.skip('the search has not been made yet')
-    assert {json.dumps(r['spec'], sort_keys=True) for r in found} == {json.dumps(x, sort_keys=True) for x in continual_tuning_specs(PAPER)}
-    assert continual_choices(found) == {name: tuple(rest) for name, *rest in map(read_choice, PAPER.chosen)}
+@pytest.mark.parametrize('s', [PAPER, GEMMA], ids=['paper', 'gemma'])
+def test_the_choices_are_the_ones_found(s):
+    found = [json.loads(p.read_text()) for p in sorted((ROOT/'runs/continual_tuning'/s.profile).glob('*.json'))]
+    if not found and s is GEMMA: pytest.skip('the search has not been made yet')
+    assert {json.dumps(r['spec'], sort_keys=True) for r in found} == {json.dumps(x, sort_keys=True) for x in continual_tuning_specs(s)}
+    assert continual_choices(found) == {name: tuple(rest) for name, *rest in map(read_choice, s.chosen)}
 
 
 @pytest.mark.parametrize('change', [dict(gain=2.), dict(share=(0.1, 0.2)), dict(logit_weight=1.), dict(sharpness=1.5), dict(rank=3), dict(n_changed=50), dict(buffers=(9,)), dict(ablations=('ratio',)), dict(seeds=(7,))])

@@ -13,15 +13,18 @@ from sage_paper.replay import ReservoirBuffer
 from sage_paper.selectors import Longest, Random
 from sage_paper.trainers import Curve, Trainer, train_batch, train_stream
 
-PAPER = load_settings('coreset', 'paper', ROOT/'settings.ini')
+PAPER, GEMMA = (load_settings('coreset', p, ROOT/'settings.ini') for p in ('paper', 'gemma'))
 LM_ = tiny_lm()
 MIXED = encode([Sample(str(i), 'tea '*(i % 9), (ToolCall(f'tool{i % 7}'),)) for i in range(60)], LM_.tokenizer)
 
 
-def tuning(): return [json.loads(p.read_text()) for p in sorted((ROOT/'runs/coreset_tuning/paper').glob('*.json'))]
+def tuning(profile='paper'): return [json.loads(p.read_text()) for p in sorted((ROOT/'runs/coreset_tuning'/profile).glob('*.json'))]
 
 
-def test_the_rates_are_the_ones_found(): assert coreset_rates(tuning()) == dict(zip(PAPER.streams, PAPER.lr))
+@pytest.mark.parametrize('s', [PAPER, GEMMA], ids=lambda s: s.profile)
+def test_the_rates_are_the_ones_found(s):
+    if not (found := tuning(s.profile)) and s is GEMMA: pytest.skip('the search has not been made yet')
+    assert coreset_rates(found) == dict(zip(s.streams, s.lr))
 
 
 def test_tuning_never_touches_what_is_reported():

@@ -156,7 +156,7 @@ def test_the_list_names_every_experiment_and_profile(capsys, monkeypatch):
     out = capsys.readouterr().out
     for e in CATALOGUE.values(): assert re.search(rf'^{e.id}: \S', out, re.M)
     for e in PUBLISHED: assert not re.search(rf'{e.id}:(.(?!^\w+: ))*lacks', out, re.S | re.M)
-    assert out.count('\n   smoke ') == out.count('\n   paper ') == len(CATALOGUE)
+    assert out.count('\n   smoke ') == out.count('\n   paper ') == len(CATALOGUE) and out.count('\n   gemma ') == 3 and out.count('no runs of its own') == 2
 
 
 def test_what_is_remembered_is_forgotten_with_the_settings(project):
@@ -172,7 +172,7 @@ def test_what_is_remembered_is_forgotten_with_the_settings(project):
 
 @pytest.mark.parametrize('argv,said', [
     (['--experiment', 'streaming_comparisn', '--yes'], "did you mean 'streaming_comparison'?"), (['--experiment', 'coreset', '--yes'], "did you mean 'coreset_ablation'?"),
-    (['--experiment', 'qqq', '--yes'], 'There are streaming_comparison'), (['--experiment', 'challenges', '--profile', 'papers', '--yes'], "did you mean 'paper'?"),
+    (['--experiment', 'qqq', '--yes'], 'There are streaming_comparison'), (['--experiment', 'challenges', '--profile', 'gemma', '--yes'], "challenges has no settings in profile 'gemma'. It has them in smoke, paper"), (['--experiment', 'challenges', '--profile', 'papers', '--yes'], "did you mean 'paper'?"),
     (['--experiment', 'streaming_comparison', '--seeds', '0', '--yes'], '--seeds 0: expected a number 1 or more'), (['--experiment', 'streaming_comparison', '--config', 'none.yaml', '--yes'], 'none.yaml cannot be read'), (['--experiment', 'streaming_comparison'], 'add --yes'),
     (['runs', 'show', 'zzz'], "no record 'zzz'"), (['runs', 'list', 'continual'], "did you mean 'continual_learning'?"), ([], 'no terminal')])
 def test_what_is_not_known_ends_with_2(project, argv, said):

@@ -5,9 +5,9 @@ import numpy as np, pytest, torch
 
 from sage_paper.calls import Sample, Tool, ToolCall, format_calls, name_end, parse_calls, tool_document
 from sage_paper.samples import arrivals
-from sage_paper.evaluation import generate, grade
+from sage_paper.evaluation import KeyValues, TurnEnd, generate, grade, next_tokens, write
 from sage_paper.streaming_runs import load_task
-from sage_paper.model import LM, check_head, collate, computes_bf16, embed, encode, forward, load_lm, render, tiny_lm
+from sage_paper.model import LM, byte_tokenizer, check_head, collate, computes_bf16, embed, encode, forward, load_lm, render, tiny_lm
 from sage_paper.replay import ImportanceBuffer, ReservoirBuffer
 from sage_paper.ssis import SSIS
 from sage_paper.trainers import Curve, Trainer, train_batch, train_stream
@@ -175,3 +175,51 @@ def test_a_step_with_weights_is_a_step_on_copies():
     copied = Trainer(other, 1e-3, 100, warmup=0, max_norm=1e-2).step([*encoded, encoded[1]])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(lm.model.parameters(), other.model.parameters()))
     assert torch.allclose(told.gradient, copied.gradient[:3], atol=1e-5) and torch.allclose(told.nll, copied.nll[:3], atol=1e-5)
+
+
+@pytest.fixture
+def windowed():
+    "A random Gemma 3 whose layers look back over 24 tokens, all but every third"
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    torch.manual_seed(0)
+    tok = byte_tokenizer()
+    config = Gemma3TextConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=24, sliding_window=24,
+                              layer_types=['sliding_attention', 'sliding_attention', 'full_attention'], eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, bos_token_id=None)
+    return LM(Gemma3ForCausalLM._from_config(config, attn_implementation='sdpa').eval(), tok, 'fp32')
+
+
+def test_a_window_is_kept_to(windowed):
+    "The loss is the model's own, though the batch is longer than its layers look back"
+    lm = windowed
+    batch = lm.collate(encode(SAMPLES, lm.tokenizer))
+    assert batch.input_ids.shape[1] > 2*lm.model.config.sliding_window
+    with torch.no_grad(): ours, own = forward(lm, batch).logits, lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[batch.row, batch.at]
+    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
+    lm.model.config.sliding_window = 10**6
+    with torch.no_grad(): assert (forward(lm, batch).logits - own).abs().max() > 1e-3   # so that it matters
+
+
+def test_a_model_with_windows_writes_what_transformers_writes(windowed):
+    lm = windowed
+    prompts = [render(s, lm.tokenizer)[0] for s in SAMPLES]
+    ours = [ids for _, ids in write(lm, prompts, 40, ends=[TurnEnd() for _ in prompts])]
+    for prompt, ids in zip(prompts, ours):
+        given = lm.tokenizer(prompt, return_tensors='pt', add_special_tokens=False)['input_ids']
+        own = lm.model.generate(given, max_new_tokens=40, do_sample=False)[0, given.shape[1]:].tolist()
+        assert ids == own and len({*ids}) > 1
+
+
+def test_keys_and_values_do_not_count_in_python(windowed):
+    "A graph would keep the number, and with it the mask"
+    cache = KeyValues(windowed, 60)
+    next(iter(next_tokens(windowed, *(torch.ones(2, 30, dtype=torch.long),)*2, 5)))
+    assert len(cache.layers) == 3 and not any(layer.is_sliding for layer in cache.layers)
+    windowed.model.get_decoder()(input_ids=torch.ones(2, 30, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert all(isinstance(layer.get_seq_length(), torch.Tensor) and layer.get_seq_length() == 30 and layer.keys.shape[2] == 60 for layer in cache.layers)
+
+
+def test_attention_is_counted_by_its_own_width(windowed):
+    from sage_paper.model import Encoded, forward_flops, shape
+    s = shape(windowed)
+    assert (s.attention, s.hidden) == (48, 32)
+    assert forward_flops(s, [Encoded((1,)*10, 9, 1)]) == 2*s.body*10 + 4*3*48*100 + 2*32*s.vocabulary
