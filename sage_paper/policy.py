@@ -10,6 +10,7 @@ import copy
 import numpy as np, torch
 from fastcore.basics import patch
 from .model import LM, Batch, forward
+from .pieces import whole
 from .ppo import PPO, KLPrice, Rollouts
 from .practice import GradientLearner, Practice, two_minded
 from .rollouts import as_tokens, summary
@@ -46,7 +47,7 @@ class ValuedPolicy:
         "What the policy thinks of answers"
         batch = self.lm.collate(encoded)
         f = forward(self.lm, batch)
-        log_p = (f.logits/self.temperature).log_softmax(-1)
+        log_p = (whole(f.logits)/self.temperature).log_softmax(-1)
         logp, value = log_p.gather(1, batch.label[:, None])[:, 0], self.value(f.hidden.float())[:, 0]
         return tuple(grid(x, batch, width) for x in (logp, value, -(log_p.exp()*log_p).sum(-1)))
 

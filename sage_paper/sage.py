@@ -10,6 +10,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from .continual import Held, Replay, score_all
 from .model import forward, mean_by_row
+from .pieces import of_logits
 from .replay import Buffer, Draw, ImportanceBuffer, ReservoirBuffer
 from .selectors import Seen
 from .ssis import SSIS
@@ -21,8 +22,8 @@ N_LIKELY = 64   # tokens whose logits are remembered
 @torch.no_grad()
 def _likeliest(lm, batch):
     "The likeliest tokens at each answer token of a batch, and their logits"
-    top = forward(lm, batch).logits.topk(min(N_LIKELY, lm.model.config.vocab_size))
-    return top.indices, top.values
+    values, indices = of_logits(forward(lm, batch).logits, lambda z: z.topk(min(N_LIKELY, z.shape[1])))
+    return indices, values
 
 def teach(
     trainer:Trainer, encoded:list, # of `Encoded`

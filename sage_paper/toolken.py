@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from .calls import Sample, ToolCall, format_calls, parse_calls
 from .evaluation import ListEnd, batches_of, write
 from .model import LM, Encoded, collate, forward, forward_flops, render, shape
+from .pieces import of_logits
 from .trainers import Budget, Stopwatch
 
 # %% ../nbs/52_toolken.ipynb #af9b2c06
@@ -72,8 +73,8 @@ def read(
         b = collate([Encoded(tuple(c.ids), len(c.ids) - 1, 0) for c in own], lm.tokenizer.pad_token_id, lm.device)
         row, at = (torch.tensor(x, device=lm.device) for x in zip(*((r, t) for r, c in enumerate(own) for t in c.at)))
         f = forward(lm, replace(b, row=row, at=at, label=torch.full_like(row, lm.tokenizer.eos_token_id)))
-        words = f.logits.logsumexp(-1)
-        parts.append((f.hidden.float(), words, f.logits.max(-1).values, words - f.token_nll))
+        words, most = of_logits(f.logits, lambda z: (z.logsumexp(-1), z.max(-1).values))
+        parts.append((f.hidden.float(), words, most, words - f.token_nll))
         places += [p for k in part for p in range(start[k], start[k + 1])]
     order = torch.as_tensor(np.argsort(places), device=lm.device)
     return States(*(torch.cat(x)[order] for x in zip(*parts)))
