@@ -14,6 +14,8 @@ PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(shell grep -m1 '"$e"' tables/ma
 
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
+# Compiled modules are kept, also where the environment asks for the opposite: hundreds of short processes load PyTorch, for which each would compile it anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: paper figures publish test pytest peers smoke notebooks cards check bench lab docs hooks vllm serve setup clean
 .DELETE_ON_ERROR:
@@ -33,8 +35,11 @@ publish: paper
 test: pytest
 	$(BIN)/nbdev-test --n-workers 0 --file-re '^(\d|index).*ipynb'
 
+# Two files of tests at a time, since most tests keep one core busy or wait for a process; then, one by one, those that measure wall time or take all cores.
+# (Plain `.venv/bin/pytest` runs all of them, one by one.)
 pytest: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not alone'
+	$(BIN)/pytest -m alone $$(grep -rl --include='test_*.py' 'mark\.alone' tests)
 
 # The comparisons with other implementations alone, with the numbers of agreements.
 peers: $(READY)

@@ -9,14 +9,15 @@ from sage_paper.toolstream import fair_samples, tldr_pages, toolstream as make_t
 
 ROOT = Path(__file__).parents[1]
 
-# The same examples in every run; `pytest --hypothesis-profile default` looks for new ones.
-hypothesis.settings.register_profile('repeatable', derandomize=True)
+# The same examples in every run, however slow the others on the machine make them; `pytest --hypothesis-profile default` looks for new ones.
+hypothesis.settings.register_profile('repeatable', derandomize=True, deadline=None)
 hypothesis.settings.load_profile('repeatable')
 
 
 def pytest_configure(config):
     "Register the markers; hear Ctrl-C, and let those that tests start hear it, also where whoever runs the tests in the background does not"
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line('markers', 'alone: measures wall time or takes all cores; `make pytest` runs these when nothing else runs')
     config.addinivalue_line('markers', 'model: needs the real SmolLM2-135M-Instruct; skips where its package cannot be had')
 
 

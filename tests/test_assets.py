@@ -182,7 +182,7 @@ def test_two_processes_fetch_at_once(cache, tmp_path, server, kind):
     code = f'from sage_paper.assets import Asset, fetch; print(fetch({a!r}))'
     both = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for p in both:
-        out, err = p.communicate(timeout=60)
+        out, err = p.communicate(timeout=180)
         assert p.returncode == 0, err
         assert out.strip() == str(cache/a.name)
     assert listing(cache) == [a.name] and (cache/a.name).read_bytes() == BODY

@@ -123,6 +123,7 @@ class Terminal:
 
 # ---- The list
 
+@pytest.mark.alone
 def test_the_list_is_there_at_once(project):
     "With nothing remembered and thousands of large records, without loading what takes long"
     folder = project/'runs/streaming/paper'
@@ -138,6 +139,7 @@ def test_the_list_is_there_at_once(project):
     assert took < 1 and out.splitlines()[-1] == '[]' and '3000 records, not yet compared' in out
 
 
+@pytest.mark.alone
 def test_the_list_is_as_quick_with_what_is_remembered(project):
     for profile in ('smoke', 'paper'): work_out(CATALOGUE['streaming_comparison'], profile, project)
     def one():
@@ -273,7 +275,7 @@ def test_a_signal_to_end_does_the_same(project):
     p = subprocess.Popen([*COMMAND, '--experiment', 'streaming_comparison', '--seeds', '2', '--yes'], cwd=ROOT, env=os.environ | dict(SLOW='batch_full'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     busy, started = workers(project, 1), family(p.pid)
     p.terminate()
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=180)
     assert p.returncode == 130 and '0 of 8 runs' in err and '--seeds 2 --yes' in err and not [x for x in (*busy, *started) if alive(x)], err
 
 
@@ -394,7 +396,7 @@ def test_pruning_leaves_alone_what_is_being_made(project, recorded):
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'held\n'
     assert main(['runs', 'prune', '--yes']) == 0 and lock.exists() and lock.with_suffix('.json').exists()
-    p.communicate('\n', timeout=60)
+    p.communicate('\n', timeout=180)
     assert main(['runs', 'prune', '--yes']) == 0 and not lock.exists() and not lock.with_suffix('.json').exists()
 
 

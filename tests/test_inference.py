@@ -135,6 +135,7 @@ def test_a_question_at_fault_does_not_stop_the_others():
         assert texts(e.value.results) == [None if k == 3 else str(k) for k in range(20)]
 
 
+@pytest.mark.alone
 def test_one_that_takes_too_long_does_not_either():
     def reply(h, said, k):
         if said == '3': time.sleep(3)

@@ -65,6 +65,7 @@ def seconds(code):
     return min(one() for _ in range(5))
 
 
+@pytest.mark.alone
 def test_import_is_quick(): assert seconds('import sage_paper') - seconds('pass') < 0.5
 
 

@@ -155,6 +155,7 @@ def test_answers_and_queries_have_to_be_as_many():
     with pytest.raises(ValueError): rewards(WORLD, PLANS[:2], ['[]'])
 
 
+@pytest.mark.alone
 def test_a_group_of_answers_is_judged_in_time():
     many = [x for x in PLANS[:20] for _ in range(8)]
     start = time.perf_counter()

@@ -66,7 +66,7 @@ def test_ctrl_c_ends_it_with_0_and_all_that_it_started(argv, tmp_path):
     said = p.stdout.readline()
     assert f'answers at http://127.0.0.1:{argv[-1]}/v1' in said and served(f'http://127.0.0.1:{argv[-1]}/v1')
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=30)
+    out, err = p.communicate(timeout=90)
     assert p.returncode == 0 and out == '' and len(err.splitlines()) == 1 and nobody_is_left(tmp_path/'pids')
     with pytest.raises(NoServer): served(f'http://127.0.0.1:{argv[-1]}/v1')
 

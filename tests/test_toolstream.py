@@ -90,7 +90,7 @@ def test_identical_across_processes_and_hash_seeds(pages, toolstream, tmp_path):
 d.tldr_pages = lambda: pickle.load(open(sys.argv[1], 'rb'))
 t = d.toolstream(); print(s.digest(t.train + t.test), s.arrivals(t, 0.1, 3)[:9])'''
     def run(seed): return subprocess.Popen([sys.executable, '-c', code, tmp_path/'pages'], cwd=ROOT, env=os.environ | dict(PYTHONHASHSEED=seed), stdout=subprocess.PIPE, text=True)
-    outs = {p.communicate(timeout=60)[0] for p in [run('0'), run('4242')]}
+    outs = {p.communicate(timeout=180)[0] for p in [run('0'), run('4242')]}
     assert outs == {f'{digest(toolstream.train + toolstream.test)} {arrivals(toolstream, 0.1, 3)[:9]}\n'}
 
 

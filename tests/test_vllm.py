@@ -18,6 +18,8 @@ except ServeError as e:
     if os.environ.get('SAGE_VLLM'): raise   # whoever names one wants it tested
     pytest.skip(str(e), allow_module_level=True)
 
+pytestmark = pytest.mark.alone   # its server takes all cores
+
 
 @pytest.fixture(scope='module')
 def lm():
