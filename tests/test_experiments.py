@@ -94,7 +94,7 @@ class Terminal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)   # which whoever runs the tests in the background ignores
             os.chdir(ROOT)
             os.execve(sys.executable, [*COMMAND, *argv], os.environ | dict(COLUMNS='100', TERM='dumb') | env)
-        self.text = ''
+        self.text, self.closed = '', False
 
     def read(self, until=None, seconds=120):
         "All that is shown up to a text, or up to the end"
@@ -102,16 +102,21 @@ class Terminal:
         while time.monotonic() < stop and (until is None or until not in self.text[seen:]):
             if not select.select([self.fd], [], [], 0.2)[0]: continue
             try: piece = os.read(self.fd, 65536)
-            except OSError: break   # the other end is closed
+            except OSError:   # the other end is closed
+                self.closed = True
+                break
             self.text += piece.decode(errors='replace')
         assert until is None or until in self.text[seen:], self.text
         return self.text[seen:]
 
     def say(self, text): os.write(self.fd, text.encode())
 
-    def code(self):
-        "The exit code, after all that is still shown; what does not end is killed"
-        self.read()
+    def code(self, again=''):
+        "The exit code, after all that is still shown; what does not end is killed. `again` is said every other second, since Python can miss a Ctrl-C between its prompt and its reading"
+        for _ in range(60 if again else 1):
+            self.read(seconds=2 if again else 120)
+            if self.closed: break
+            self.say(again)
         for _ in range(100):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid: return os.waitstatus_to_exitcode(status)
@@ -320,7 +325,7 @@ def test_the_menu_can_be_left(project, answer, code):
     t = Terminal()
     t.read('Enter leaves): ')
     t.say(answer)
-    assert t.code() == code and 'Traceback' not in t.text and not made(project)
+    assert t.code(answer) == code and 'Traceback' not in t.text and not made(project)
 
 
 # ---- Records
