@@ -179,7 +179,7 @@ def claims_frame(
 # %% ../nbs/79_two_models.ipynb #f14d6747
 def _cells(row):
     "A difference, and whether the claim holds"
-    if row is None: return ['---', '---']
+    if row is None or np.isnan(row.difference): return ['---', '---']
     d = (row.difference, row.low, row.high)
     points = latex_difference(*d) if np.isfinite(d).all() else f'${100*d[0]:+.1f}$'
     return [points, '---' if row.holds is None else 'yes' if row.holds else 'no']

@@ -121,3 +121,10 @@ def test_the_table_shows_what_was_measured(models, frame):
     for r in frame.itertuples():
         cells = [x.strip(' \\') for x in lines[r.claim].split(' & ')]
         assert cells[3 + 2*PAPER.profiles.index(r.profile)] == {None: '---', True: 'yes', False: 'no'}[r.holds]
+
+
+def test_no_number_is_made_of_what_cannot_be_told(models, frame):
+    "One seed has no interval over seeds, and where no tool comes last there is no difference"
+    text = claims_latex(models, frame.assign(low=np.nan, high=np.nan), PAPER)
+    assert f'${100*frame.difference[0]:+.1f}$' in text and 'nan' not in text
+    assert 'nan' not in claims_latex(models, frame.assign(difference=np.nan), PAPER)
