@@ -200,16 +200,16 @@ def challenge_differences(
     by=FIRST, # challenge → measure; sets that lack it, and challenges without one, are left out
 )->pd.DataFrame: # a row for each regime, method and data set
     "Each method against one other, on a measure of each challenge"
-    def mean(regime, method, k):
-        of = [r['result']['parts'][k]['items'] for r in records if (r['spec']['regime'], r['spec']['method']) == (regime, method) and k in r['result']['parts']]
-        of = [x for x in of if by.get(k.split('/')[0]) in x]
-        return (np.mean([_values(x[by[k.split('/')[0]]]) for x in of], 0), of[0]['cluster']) if of else (None, None)
+    def scores(regime, method, k):
+        of = sorted((r for r in records if (r['spec']['regime'], r['spec']['method']) == (regime, method) and k in r['result']['parts']), key=lambda r: r['spec']['seed'])
+        of = [x for r in of if by.get(k.split('/')[0]) in (x := r['result']['parts'][k]['items'])]
+        return (np.stack([_values(x[by[k.split('/')[0]]]) for x in of]), of[0]['cluster']) if of else (None, None)
     rows = []
     for regime in REGIMES:
         for k in part_names(records):
-            base, clusters = mean(regime, against, k)
+            base, clusters = scores(regime, against, k)
             for m in METHODS:
-                if m == against or base is None or (v := mean(regime, m, k)[0]) is None: continue
+                if m == against or base is None or (v := scores(regime, m, k)[0]) is None: continue
                 rows.append(dict(regime=regime, method=m, against=against, part=k, **paired_bootstrap(v, base, clusters)))
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p)) if rows else pd.DataFrame()
 

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from .config import Coreset, load_settings
 from .coreset_runs import ablation_specs, coreset_specs
 from .records import unbits
-from .report import (Artefacts, Look, ReportError, cell, check_runs, figure_bytes, item_means, latex_difference, macro_name, macros,
+from .report import (Artefacts, Look, ReportError, cell, check_runs, figure_bytes, item_answers, latex_difference, macro_name, macros,
                                paper_style, percent, to_latex)
 from .statistics import holm, paired_bootstrap, t_interval
 
@@ -30,8 +30,8 @@ def coreset_frame(
 def compared(
     a, b, # records of two kinds of run, on the same held-out queries
 )->dict: # as from `paired_bootstrap`
-    "How much oftener the first name the right tool: query by query over the seeds' mean, resampling tools"
-    return paired_bootstrap(item_means(a), item_means(b), a[0]['result']['items']['cluster'])
+    "How much oftener the first name the right tool: query by query, resampling tools and seeds"
+    return paired_bootstrap(item_answers(a), item_answers(b), a[0]['result']['items']['cluster'])
 
 def coreset_differences(
     records, against=('random', 'sure'),

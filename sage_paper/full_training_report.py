@@ -121,12 +121,12 @@ def full_training_latex(
 
 # %% ../nbs/77_full_training_report.ipynb #8c839868
 def _scores(records, variant, names, stage='parts'):
-    "What decides, means over seeds: scores, weights, clusters, ids; raises `ReportError` where runs were asked different queries"
+    "What decides, [n_runs, n] scores, and their weights, clusters, ids; raises `ReportError` where runs were asked different queries"
     of = of_variant(records, variant)
     ids = [[i for k in names for i in r['parts'][k]['items']['id']] for r in of]
     if any(i != ids[0] for i in ids): raise ReportError(f'{variant}: not the same queries of {", ".join(names)} in every run')
     scores, weights, clusters = zip(*(decisive(r, names, stage) for r in of))
-    return np.mean(scores, 0), weights[0], clusters[0], ids[0]
+    return np.stack(scores), weights[0], clusters[0], ids[0]
 
 def difference(
     records, names, # of '<challenge>/<data set>'
@@ -136,7 +136,7 @@ def difference(
     (a, w, clusters, x), (b, _, _, y) = _scores(records, 'full', names), _scores(records, variant, names, stage)
     if x != y: raise ReportError(f'full and {variant} were asked different queries of {", ".join(names)}')
     scale, counts = len(w)*w, w > 0
-    return paired_bootstrap((scale*a)[counts]*counts.mean(), (scale*b)[counts]*counts.mean(), np.array(clusters)[counts])
+    return paired_bootstrap((scale*a)[:, counts]*counts.mean(), (scale*b)[:, counts]*counts.mean(), np.array(clusters)[counts])
 
 def full_training_differences(
     records,

@@ -169,13 +169,13 @@ def comparisons(
 def generalization_differences(
     records,
 )->pd.DataFrame: # a row a comparison
-    "Paired differences of what decides on a set, over queries, of means over seeds; raises `ReportError` where two were asked different queries"
-    def mean(method, k):
-        of = [r for r in records if r['spec']['method'] == method]
+    "Paired differences of what decides on a set, over queries and seeds; raises `ReportError` where two were asked different queries"
+    def scores(method, k):
+        of = sorted((r for r in records if r['spec']['method'] == method), key=lambda r: r['spec']['seed'])
         if len({tuple(r['result']['parts'][k]['items']['id']) for r in of}) != 1: raise ReportError(f'{method}: not the same queries of {k} in every run')
-        return np.mean([_first_values(r, k) for r in of], 0), of[0]['result']['parts'][k]['items']
+        return np.stack([_first_values(r, k) for r in of]), of[0]['result']['parts'][k]['items']
     def one(family, method, against, k):
-        (a, x), (b, y) = mean(method, k), mean(against, k)
+        (a, x), (b, y) = scores(method, k), scores(against, k)
         if x['id'] != y['id']: raise ReportError(f'{method} and {against} were asked different queries of {k}')
         return dict(family=family, method=method, against=against, part=k, measure=first(k), **paired_bootstrap(a, b, x['cluster']))
     found = pd.DataFrame([one(*c) for c in comparisons(records)])

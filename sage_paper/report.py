@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'LOOKS', 'AXES', 'ReportError', 'check_runs', 'Artefacts', 'check_manifest', 'Look', 'paper_style',
            'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'look_scales', 'line_chart', 'curve_chart',
-           'item_means', 'plus_minus', 'cell', 'clearly_best', 'in_booktabs', 'to_latex', 'macro_name', 'macros',
+           'item_answers', 'plus_minus', 'cell', 'clearly_best', 'in_booktabs', 'to_latex', 'macro_name', 'macros',
            'percent', 'latex_number', 'latex_p', 'latex_difference']
 
 # %% ../nbs/61_report.ipynb #80e7a4c8
@@ -173,12 +173,12 @@ def curve_chart(
     return chart.properties(width=520, height=280)
 
 # %% ../nbs/61_report.ipynb #006bc064
-def item_means(
+def item_answers(
     records, # of one kind of run, on the same held-out queries
     field='name', # of a record's items
-)->np.ndarray: # [n_items], in [0, 1]
-    "How often each held-out query was answered right, over seeds"
-    return np.mean([unbits(r['result']['items'][field]) for r in records], 0)
+)->np.ndarray: # [n_runs, n_items], bool, by seed
+    "Which held-out queries each run answers right"
+    return np.stack([unbits(r['result']['items'][field]) for r in sorted(records, key=lambda r: r['spec']['seed'])])
 
 # %% ../nbs/61_report.ipynb #1df0366f
 def plus_minus(

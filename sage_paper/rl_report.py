@@ -41,7 +41,7 @@ def _answers(records, method, challenge, field):
     of = sorted((r for r in records if r['spec']['method'] == method), key=lambda r: r['spec']['seed'])
     ids = {tuple(r['result']['end'][challenge]['id']) for r in of}
     if len(ids) != 1: raise ValueError(f'{method}: {len(ids)} sets of queries on {challenge}, expected one')
-    return np.mean([unbits(r['result']['end'][challenge][field]) for r in of], 0), *ids
+    return np.stack([unbits(r['result']['end'][challenge][field]) for r in of]), *ids
 
 def rl_differences(
     records,

@@ -34,28 +34,32 @@ def interquartile_mean(
 
 # %% ../nbs/13_statistics.ipynb #a23e97ee
 def paired_bootstrap(
-    a, b,           # [n], scores of two methods on the same n items
+    a, b,           # [n] or [n_runs, n], scores of two methods on the same n items, runs in the same order of seeds
     clusters,       # [n], what an item belongs to; at least two different ones
     n_boot=10_000, level=0.95, seed=0,
 )->dict: # difference a − b, its percentile interval, two-sided p
-    "Bootstrap of the mean difference over clusters"
+    "Bootstrap of the mean difference over clusters and runs"
     diff, (names, group) = _differences(a, b, clusters), np.unique(clusters, return_inverse=True)
     if (k := len(names)) < 2: raise ValueError(f'{k} cluster: at least two are needed to say how much they differ')
-    means = _resampled_means(np.bincount(group, diff), np.bincount(group), n_boot, seed)
+    means = _resampled_means(np.stack([np.bincount(group, d) for d in diff]), np.bincount(group), n_boot, seed)
     low, high = np.quantile(means, [(1 - level)/2, (1 + level)/2])
     p = 2*min((1 + (means <= 0).sum())/(n_boot + 1), (1 + (means >= 0).sum())/(n_boot + 1))
     return dict(difference=float(diff.mean()), low=float(low), high=float(high), p=float(min(p, 1)))
 
 def _differences(a, b, clusters):
-    "[n], a − b"
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if not a.shape == b.shape == (len(clusters),): raise ValueError(f'a, b and clusters have shapes {a.shape}, {b.shape} and {(len(clusters),)}, expected the same [n]')
+    "[n_runs, n], a − b; what was run once, since it has no seed, stands against every run of the other"
+    a, b = (np.atleast_2d(np.asarray(x, float)) for x in (a, b))
+    if a.shape[1:] != b.shape[1:] or a.shape[1] != len(clusters): raise ValueError(f'a, b and clusters have {a.shape[1]}, {b.shape[1]} and {len(clusters)} items, expected the same n')
+    if len(a) != len(b) and 1 not in (len(a), len(b)): raise ValueError(f'{len(a)} runs against {len(b)}: pair them by seed')
     if not np.isfinite(a - b).all(): raise ValueError('a score is missing or infinite; compare on items that both methods have')
     return a - b
 
 def _resampled_means(total, size, n_boot, seed):
-    "[n_boot], means over as many clusters as there are, drawn with replacement"
-    return np.round(np.concatenate([(d*total).sum(1)/(d*size).sum(1) for d, _ in _draws(len(size), 0, n_boot, seed)]), 12)
+    "[n_boot], means over as many clusters as there are and as runs are drawn; sums [n_runs, k] over the clusters' items, and their numbers [k]"
+    out = []
+    for d, runs in _draws(len(size), len(total), n_boot, seed):
+        out.append(sum(n*(d*t).sum(1) for n, t in zip(runs.T, total))/runs.sum(1)/(d*size).sum(1))
+    return np.round(np.concatenate(out), 12)
 
 @lru_cache(maxsize=2)   # drawing takes longer than what is done with it, and one table asks for the same draws again and again
 def _draws(k, n_runs, n_boot, seed):
@@ -63,7 +67,7 @@ def _draws(k, n_runs, n_boot, seed):
     rng, out = np.random.default_rng(seed), []
     for i in range(0, n_boot, block := max(1, 2**20//k)):
         clusters = rng.multinomial(k, np.full(k, 1/k), size=(n := min(block, n_boot - i)))
-        out.append((clusters.astype(np.int16), rng.multinomial(n_runs, np.full(n_runs, 1/n_runs), size=n) if n_runs else None))
+        out.append((clusters.astype(np.int16), rng.multinomial(max(n_runs - 1, 1), np.full(n_runs, 1/n_runs), size=n)))
     return out
 
 # %% ../nbs/13_statistics.ipynb #6dfbd7db
@@ -75,9 +79,9 @@ def clustered_ratio(
     "Ratio of two sums over runs and items, with a bootstrap over clusters and runs"
     (num, k), (den, _) = (_cluster_sums(x, clusters) for x in (numerator, denominator))
     if not den.sum(): return dict.fromkeys(('value', 'low', 'high'), float('nan'))
-    n_runs, out = len(num), []
-    for draws, runs in _draws(k, n_runs, n_boot, seed):
-        top, bottom = (sum(runs[:, r]*(draws*x[r]).sum(1) for r in range(n_runs)) for x in (num, den))
+    out = []
+    for draws, runs in _draws(k, len(num), n_boot, seed):
+        top, bottom = (sum(n*(draws*t).sum(1) for n, t in zip(runs.T, x)) for x in (num, den))
         out.append(np.divide(top, bottom, out=np.full(len(draws), np.nan), where=bottom > 0))
     low, high = np.nanquantile(np.concatenate(out), [(1 - level)/2, (1 + level)/2]) if k > 1 else (np.nan, np.nan)
     return dict(value=float(num.sum()/den.sum()), low=float(low), high=float(high))

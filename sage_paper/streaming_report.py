@@ -11,7 +11,7 @@ __all__ = ['PAIRS', 'COLUMNS', 'BOLD', 'STREAMING_HEADS', 'CAVEAT', 'streaming_f
 import numpy as np, pandas as pd
 from .config import Streaming
 from .records import unbits
-from .report import (AXES, LOOKS, Artefacts, ReportError, cell, check_runs, clearly_best, curve_frame, draw_curves, figure_bytes, item_means,
+from .report import (AXES, LOOKS, Artefacts, ReportError, cell, check_runs, clearly_best, curve_frame, draw_curves, figure_bytes, item_answers,
                                latex_number, latex_p, macro_name, macros, paper_style, percent, to_latex)
 from .statistics import anytime_average, first_reached, holm, paired_bootstrap, t_interval
 from .streaming_runs import LATE, STREAMING_METHODS, streaming_specs, tuned_rates
@@ -78,7 +78,7 @@ PAIRS = (('streaming_full', 'batch_full'), ('streaming_coreset', 'batch_50pct'))
 def differences(records)->pd.DataFrame: # a row a pair
     "The paired differences in accuracy, with intervals and Holm-corrected p-values"
     tool = [i.rsplit('/', 1)[0] for i in records[0]['result']['items']['id']]
-    def of(method): return item_means([r for r in records if r['spec']['method'] == method])
+    def of(method): return item_answers([r for r in records if r['spec']['method'] == method])
     rows = [dict(method=a, against=b, **paired_bootstrap(of(a), of(b), tool)) for a, b in PAIRS]
     return pd.DataFrame(rows).assign(p=lambda d: holm(d.p))
 

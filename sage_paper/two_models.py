@@ -12,7 +12,7 @@ __all__ = ['THREE', 'NAMES', 'VERSIONS', 'BOUNDS', 'CLAIMS', 'TITLES', 'MEASURES
 import numpy as np, pandas as pd
 from dataclasses import dataclass
 from .config import TwoModels, find_root, load_settings
-from .continual_report import STRATEGIES, ahead, continual_frame, forgetting_curves, mean_answers, pick, search_latex
+from .continual_report import STRATEGIES, ahead, continual_frame, forgetting_curves, right_answers, pick, search_latex
 from .continual_runs import CONTINUAL_VERSION, continual_spec, continual_tuning_specs
 from .coreset_report import KINDS, compared, coreset_frame
 from .coreset_runs import CORESET_VERSION, coreset_spec
@@ -143,14 +143,14 @@ def coreset_measures(records)->dict: # as from `streaming_measures`
 
 # %% ../nbs/79_two_models.ipynb #8e64830e
 def _new(records):
-    "How often queries on new tools are right at the end, and their tools"
-    right, new, tools = mean_answers(records)
-    return right[new], tools[new]
+    "Which queries on new tools are right at the end [n_runs, n], and their tools"
+    right, new, tools = right_answers(records)
+    return right[:, new], tools[new]
 
 def _lost(records):
-    "How much less often queries on old tools are right at the end than before, and their tools"
-    (before, new, tools), (after, *_) = mean_answers(records, 1), mean_answers(records)
-    return (before - after)[~new], tools[~new]
+    "What of the queries on old tools was right before and is not at the end [n_runs, n], and their tools"
+    (before, new, tools), (after, *_) = right_answers(records, 1), right_answers(records)
+    return (before - after)[:, ~new], tools[~new]
 
 def continual_measures(records)->dict: # as from `streaming_measures`
     "How SAGE stands to other strategies"

@@ -32,6 +32,22 @@ def coverage(n, clustered):
 def test_the_interval_covers_what_it_says(): assert .93 <= coverage(1000, clustered=True) <= .97   # binomial standard error .007
 
 
+def seeds_coverage(n, drawn, n_runs=5):
+    "How often the interval holds a true difference of 0 where each seed has its own and each tool as well"
+    rng, held = np.random.default_rng(0), []
+    for i in range(n):
+        diff = rng.normal(0, .1, 100) + rng.normal(0, .02, n_runs)[:, None] + rng.normal(0, .1, (n_runs, 100))
+        r = paired_bootstrap(diff if drawn else diff.mean(0), np.zeros((1, 100)) if drawn else np.zeros(100), np.arange(100), n_boot=500, seed=i)
+        held.append(r['low'] <= 0 <= r['high'])
+    return np.mean(held)
+
+
+def test_the_interval_holds_other_seeds_too(): assert .92 <= seeds_coverage(600, drawn=True) <= .98
+
+
+def test_averaging_the_seeds_does_not(): assert seeds_coverage(300, drawn=False) < .9
+
+
 def test_ignoring_the_clusters_does_not(): assert coverage(200, clustered=False) < .75
 
 
