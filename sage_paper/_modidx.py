@@ -645,6 +645,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sage_paper.engines.find_ray': ('engines.html#find_ray', 'sage_paper/engines.py'),
                                     'sage_paper.engines.free_gpu_memory': ('engines.html#free_gpu_memory', 'sage_paper/engines.py'),
                                     'sage_paper.engines.gpu_share': ('engines.html#gpu_share', 'sage_paper/engines.py'),
+                                    'sage_paper.engines.hold_to_share': ('engines.html#hold_to_share', 'sage_paper/engines.py'),
                                     'sage_paper.engines.jobs_that_fit': ('engines.html#jobs_that_fit', 'sage_paper/engines.py'),
                                     'sage_paper.engines.on_joblib': ('engines.html#on_joblib', 'sage_paper/engines.py'),
                                     'sage_paper.engines.on_ray': ('engines.html#on_ray', 'sage_paper/engines.py'),
