@@ -77,7 +77,7 @@ lab: $(READY)
 
 # The notebooks and the reference as pages to read in a browser, offline too: docs/build/html. Experiments are shown with their outputs after `make figures`.
 # Links inside the site are always checked; those to other sites with `make docs LINKS=all`, which takes a network.
-# (So do the few charts to hover over, when they are looked at: they load Vega. Everything else is in the folder.)
+# (Charts to hover over are there as pictures: JupyterLab is where they are live.)
 DOCS_READY := .venv/.ready-docs-$(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 docs: $(DOCS_READY)
 	@mkdir -p docs/build/src

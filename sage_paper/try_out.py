@@ -18,11 +18,11 @@ from .assets import MODELS, AssetError, places, registry
 from .calls import PARSE_ERRORS, Sample, Tool, ToolCall, expected, parse_calls
 from .config import Streaming, find_root, load_settings
 from .evaluation import generate
-from .explore import as_bundle
 from .model import LM, encode, load_lm, tiny_lm
 from .replay import ImportanceBuffer
 from .retrieval import BM25, with_candidates
 from .samples import SampleError, arrivals, read_tools
+from .showing import as_bundle
 from .ssis import SSIS
 from .streaming_runs import load_task
 from .trainers import Curve, Trainer, train_stream

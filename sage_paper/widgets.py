@@ -10,10 +10,11 @@ from pathlib import Path
 import ipywidgets as w
 from fastcore.basics import patch
 from .config import find_root
-from .explore import as_bundle, charts_of, chart_of, kept_profiles, measures_of, measures_table, pair_chart, read_kept, remark, settings_table
+from .explore import charts_of, chart_of, kept_profiles, measures_of, measures_table, pair_chart, read_kept, remark, settings_table
 from .experiments import record_files
 from .inventory import differing, named, read_ends, record_folders
 from .records import RecordError, read_record
+from .showing import as_bundle
 
 # %% ../nbs/91_widgets.ipynb #a8d7ab15
 def shown(
