@@ -222,7 +222,7 @@ def test_what_was_trained_and_asked_is_counted():
 def test_every_number_has_a_name_of_its_own():
     frame, d = measures(RUNS), generalization_differences(RUNS)
     numbers = generalization_numbers(frame, d, RUNS, SMOKE)
-    assert len(numbers) == 5 + len(frame) + len(d) + 4 + 2 and all(k.startswith('Generalization') and k.isalpha() for k in numbers)
+    assert len(numbers) == 5 + len(frame) + 2*len(d) + 4 + 2 + 4 and all(k.startswith('Generalization') and k.isalpha() for k in numbers)
     assert numbers['GeneralizationAllBfclLiveRight'] == '62.5' and numbers['GeneralizationAllTokens'] == '1.50' and numbers['GeneralizationRecallBfclLive'] == '---'
     assert numbers['GeneralizationAllOverZeroShotBfclLive'].startswith('$+62.5$')
 
