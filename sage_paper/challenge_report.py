@@ -167,7 +167,7 @@ def _heads(cols):
 def _align(cols):
     "The columns' letters, with room before each challenge and less before each data set"
     apart = [(a[0].split('/')[0] != b[0].split('/')[0], a[0] != b[0]) for a, b in zip(cols, cols[1:])]
-    return r'@{\hspace{6pt}}r' + ''.join(r'@{\hspace{11pt}}r' if challenge else r'@{\hspace{7pt}}r' if part else r'@{\hspace{4.5pt}}r' for challenge, part in apart)
+    return r'@{\hspace{5pt}}r' + ''.join(r'@{\hspace{8pt}}r' if challenge else r'@{\hspace{5pt}}r' if part else r'@{\hspace{3.7pt}}r' for challenge, part in apart)
 
 # %% ../nbs/65_challenge_report.ipynb #5e5a139b
 SMALL = r'\fontsize{6}{7}\selectfont'   # thirteen columns on a page
