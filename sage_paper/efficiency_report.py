@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RIVALS', 'OURS', 'DIGITS', 'check_efficiency', 'efficiency_frame', 'intervals', 'at_largest', 'efficiency_figure',
-           'ratios', 'efficiency_rows', 'efficiency_latex', 'step_summary', 'efficiency_numbers', 'write_efficiency']
+           'ratios', 'efficiency_rows', 'efficiency_latex', 'step_summary', 'times_as_much', 'buffer_growth',
+           'efficiency_numbers', 'write_efficiency']
 
 # %% ../nbs/67_efficiency_report.ipynb #bfb6ccb5
 import numpy as np, pandas as pd
 from .config import Efficiency, load_settings
 from .efficiency_runs import efficiency_specs
-from .report import Artefacts, Look, ReportError, check_runs, figure_bytes, in_booktabs, macro_name, macros, paper_style, plus_minus
+from .report import Artefacts, Look, ReportError, check_runs, figure_bytes, in_booktabs, made_with, macro_name, macros, paper_style, plus_minus
 from .statistics import t_interval
 
 # %% ../nbs/67_efficiency_report.ipynb #b184ad7b
@@ -38,9 +39,9 @@ def efficiency_frame(
     return pd.DataFrame(rows)
 
 # %% ../nbs/67_efficiency_report.ipynb #0fc00c84
-RIVALS = dict(tree=Look('our sum tree', '#D55E00'), buffer=Look('our whole buffer', '#E69F00', (0, (3, 1, 1, 1))), torchrl=Look('torchrl', '#0072B2', (0, (5, 1.5))), cpprb=Look('cpprb', '#009E73', (0, (1.2, 1))),
+RIVALS = dict(tree=Look('our sum tree', '#D55E00'), buffer=Look('our whole buffer', '#D55E00', (0, (5, 1.5))), torchrl=Look('torchrl', '#0072B2'), cpprb=Look('cpprb', '#009E73', (0, (1.2, 1))),
               cumulative_sum=Look('cumulative sum', '#000000', (0, (3, 1.5, 1, 1.5, 1, 1.5))), k_center=Look('ours', '#D55E00'), numpy=Look('NumPy, differences', '#999999'), numpy_product=Look('NumPy, one product a step', '#000000'),
-              fpsample=Look('fpsample', '#0072B2'), stream=Look('SSIS and buffer', '#D55E00'), plain=Look('plain loop', '#999999'), sft=Look('TRL, SFTTrainer', '#0072B2'), streaming=Look('streaming step', '#E69F00'), streaming_ssis=Look('streaming step, SSIS', '#D55E00'))
+              fpsample=Look('fpsample', '#0072B2'), stream=Look('SSIS and buffer', '#D55E00'), plain=Look('plain loop', '#999999'), sft=Look('TRL, SFTTrainer', '#0072B2'), streaming=Look('streaming step', '#D55E00', (0, (5, 1.5))), streaming_ssis=Look('streaming step, SSIS', '#D55E00'))
 
 def intervals(
     frame:pd.DataFrame, part:str,
@@ -72,7 +73,10 @@ def efficiency_figure(
             ax.set(xscale='log')
         axes[0].set(yscale='log', xlabel='items held', ylabel='µs an update and a draw', title='(a) the buffer, a batch')
         axes[1].set(ylim=(0, None), xlabel='samples that arrive', ylabel='µs a sample', title='(b) SSIS and buffer over a stream')
-        if axes[0].lines: axes[0].legend(fontsize=6)
+        for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis):   # whole numbers: an exponent would be too small to read
+            axis.set_major_formatter(lambda x, _: f'{x:,.0f}')
+            axis.set_minor_formatter(lambda x, _: '')
+        if axes[0].lines: axes[0].legend(fontsize=6.5)
     return fig
 
 # %% ../nbs/67_efficiency_report.ipynb #68ef97f9
@@ -112,7 +116,7 @@ def efficiency_latex(
     on = {part: next(r['environment']['device'] for r in records if r['spec']['part'] == part) for part in s.parts}
     devices = [f'{" and ".join(p for p in on if on[p] == d)} on {d}' for d in dict.fromkeys(on.values())] if len(set(on.values())) > 1 else [*set(on.values())]
     over = f', of the step over {s.step_rounds} rounds'*('step' in s.parts)
-    note = f'Mean $\\pm$ 95\\% interval over {len(s.seeds)} repetitions{over}; ratio to ours within a repetition, for the stream to its shortest; {"; ".join(devices)}; profile {s.profile}.'
+    note = f'Mean $\\pm$ 95\\% interval over {len(s.seeds)} repetitions{over}; ratio to ours within a repetition, for the stream to its shortest; {"; ".join(devices)}; {made_with(s.profile)}.'
     return in_booktabs([r'& time & ratio \\', *lines], 2, note)
 
 # %% ../nbs/67_efficiency_report.ipynb #c1061b36
@@ -128,6 +132,24 @@ def step_summary(
     return pd.DataFrame(dict(samples_a_second=1e3*s['step_batch_size']/mean, over_plain=speedup('plain'), over_sft=speedup('sft'),
                              peak_gib=[np.nan if peak[v] is None else peak[v]/2**30 for v in mean.index], part_of_limit=limit/mean))
 
+# %% ../nbs/67_efficiency_report.ipynb #41f856ef
+def times_as_much(
+    ratio:tuple, # (mean, half width)
+    digits=1,
+)->str: # LaTeX
+    "A ratio with its 95% interval"
+    mean, half = ratio
+    return f'{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]'
+
+def buffer_growth(
+    frame:pd.DataFrame, # as from `efficiency_frame`
+    variant='tree',     # of the rivals
+)->tuple: # (mean, half width)
+    "Time at the largest size over that at the smallest, within a repetition"
+    f = frame[(frame.part == 'buffer') & (frame.variant == variant)]
+    wide = f.pivot(index='repetition', columns='n', values='value')
+    return t_interval(wide[wide.columns.max()]/wide[wide.columns.min()])
+
 # %% ../nbs/67_efficiency_report.ipynb #bbb8ce02
 def efficiency_numbers(
     frame:pd.DataFrame, records, s:Efficiency,
@@ -137,11 +159,16 @@ def efficiency_numbers(
     for part in s.parts:
         t = intervals(frame, part)
         out |= {macro_name(f'cost_{part}', v.replace('_', ' ').title().replace(' ', '')): f'{r["mean"]:,.{DIGITS[part]}f}' for (v, _), r in at_largest(t).iterrows()}
+        if part == 'buffer':
+            for v in ('tree', 'buffer'):
+                if v in set(frame[frame.part == part].variant): out[macro_name(f'cost_buffer_{v}_growth')] = times_as_much(buffer_growth(frame, v), 2)
         if part == 'stream': out['CostStreamGrowth'] = f'{t["mean"].max()/t["mean"].min():.2f}'
     if 'step' in s.parts:
         for v, r in step_summary(records, frame).iterrows():
             name = macro_name('step', v)
             out |= {f'{name}OverPlain': f'{r.over_plain:.1f}', f'{name}OverSft': f'{r.over_sft:.1f}', f'{name}Samples': f'{r.samples_a_second:,.0f}', f'{name}OfLimit': f'{100*r.part_of_limit:.0f}', f'{name}Gib': f'{r.peak_gib:.1f}'}
+        for to in ('plain', 'sft'):
+            if to in set(frame[frame.part == 'step'].variant): out[macro_name(f'step_streaming_over_{to}_interval')] = times_as_much(ratios(frame, 'step', 'streaming')[to])
         out['SsisCost'] = f'{100*(ratios(frame, "step", "streaming")["streaming_ssis"][0] - 1):.1f}'
     return out
 

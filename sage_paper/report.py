@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'LOOKS', 'AXES', 'ReportError', 'check_runs', 'Artefacts', 'check_manifest', 'Look', 'paper_style',
            'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'look_scales', 'line_chart', 'curve_chart',
-           'item_answers', 'plus_minus', 'cell', 'clearly_best', 'in_booktabs', 'to_latex', 'macro_name', 'macros',
-           'percent', 'latex_number', 'latex_p', 'latex_difference']
+           'item_answers', 'signed', 'plus_minus', 'cell', 'clearly_best', 'in_booktabs', 'made_with', 'to_latex',
+           'macro_name', 'macros', 'percent', 'latex_number', 'latex_p', 'latex_difference', 'latex_gap',
+           'difference_macros']
 
 # %% ../nbs/61_report.ipynb #80e7a4c8
 import hashlib, io, json, tempfile
@@ -128,12 +129,12 @@ def draw_curves(
     ax, frame:pd.DataFrame, x:str, # a key of `AXES`
     y='accuracy',
 ):
-    "Mean learning curves with their intervals"
+    "Mean learning curves with their intervals, in percent"
     label, unit = AXES[x]
     for method, xs, mean, half in mean_curves(frame, x, y):
         look = LOOKS[method]
-        ax.plot(xs/unit, mean, color=look.colour, ls=look.line, label=look.label)
-        ax.fill_between(xs/unit, mean - half, mean + half, color=look.colour, alpha=0.15, lw=0)
+        ax.plot(xs/unit, 100*mean, color=look.colour, ls=look.line, label=look.label)
+        ax.fill_between(xs/unit, 100*(mean - half), 100*(mean + half), color=look.colour, alpha=0.15, lw=0)
     ax.set(xlabel=label, xlim=(0, None), ylim=(0, None))
 
 # %% ../nbs/61_report.ipynb #50ea1707
@@ -181,12 +182,24 @@ def item_answers(
     return np.stack([unbits(r['result']['items'][field]) for r in sorted(records, key=lambda r: r['spec']['seed'])])
 
 # %% ../nbs/61_report.ipynb #1df0366f
+def signed(
+    x:float,
+    digits=1,
+    plus=False, # whether what is above zero has a sign too
+)->str: # LaTeX
+    "A number with a true minus; what rounds to zero has no sign"
+    text = f'{abs(x):,.{digits}f}'
+    if not text.strip('0.,'): return text
+    return '$-$'*(x < 0) + '$+$'*(plus and x > 0) + text
+
 def plus_minus(
-    mean:float, half:float, # half the width of the interval; none is shown where it is not finite
+    mean:float, half:float, # half the width of the interval; none is shown where it is not finite, or where both round to zero
     digits=3,
+    size=r'\scriptsize',    # LaTeX, of the half width
 )->str: # LaTeX
     "Mean ± half width"
-    return f'{mean:,.{digits}f}' + (f'\\,{{\\scriptsize$\\pm${half:,.{digits}f}}}' if np.isfinite(half) else '')
+    shown = np.isfinite(half) and (signed(mean, digits) + signed(half, digits)).strip('0.,')
+    return signed(mean, digits) + (f'\\,{{{size}$\\pm${half:,.{digits}f}}}' if shown else '')
 
 def cell(
     x,           # [n], one value a run
@@ -216,9 +229,15 @@ def in_booktabs(
     lines:list,  # LaTeX, heads and rows
     columns:int, # after the one with the names
     note:str,    # what, how many, which profile
+    align=None,  # LaTeX's letters for these columns; to the right, if not given
 )->str:
     "Lines as a booktabs tabular with a line of notes below it"
-    return '\n'.join([f'\\begin{{tabular}}{{l{"r"*columns}}}', r'\toprule', *lines, r'\bottomrule', r'\end{tabular}', f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+    return '\n'.join([f'\\begin{{tabular}}{{l{align or "r"*columns}}}', r'\toprule', *lines, r'\bottomrule', r'\end{tabular}', f'\\par\\smallskip{{\\footnotesize {note}}}']) + '\n'
+
+# %% ../nbs/61_report.ipynb #e4b43cb4
+def made_with(profile:str)->str:
+    "Which runs a table is made of, for its note"
+    return 'full-size runs' if profile == PUBLISHED else f'profile {profile}'
 
 # %% ../nbs/61_report.ipynb #50ef2040
 def to_latex(
@@ -264,8 +283,25 @@ def latex_p(p:float)->str:
     "A p-value; small ones as a bound"
     return '$p<0.001$' if p < 0.001 else f'$p={p:.3f}$'
 
+# %% ../nbs/61_report.ipynb #465b6270
+def _points(x, plus=False): return signed(100*x, plus=plus).replace('$', '').join('$$')
+
 def latex_difference(
     difference:float, low:float, high:float, # shares
 )->str:
     "A difference in points, with its interval"
-    return '${:+.1f}$ [${:.1f}$, ${:.1f}$]'.format(100*difference, 100*low, 100*high)
+    return f'{_points(difference, True)} [{_points(low)}, {_points(high)}]'
+
+def latex_gap(
+    difference:float, low:float, high:float, # shares
+)->str:
+    "The size of a difference in points, with its interval turned the same way"
+    if difference < 0: difference, low, high = -difference, -high, -low
+    return f'{_points(difference)} [{_points(low)}, {_points(high)}]'
+
+def difference_macros(
+    name:str, # of the macro
+    difference:float, low:float, high:float, # shares
+)->dict: # macro name → text
+    "The difference with its sign, and its size under the same name with `Gap` at the end"
+    return {name: latex_difference(difference, low, high), f'{name}Gap': latex_gap(difference, low, high)}

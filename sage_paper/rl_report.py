@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SETS', 'PANELS', 'WATCHED', 'rl_row', 'rl_frame', 'rl_differences', 'enough_seconds', 'rl_curves',
-           'rl_figure', 'rl_chart', 'training_log', 'model_ranking', 'rl_table', 'rl_latex', 'rl_search_latex',
-           'rl_numbers', 'write_rl']
+           'start_success', 'rl_figure', 'rl_chart', 'training_log', 'model_ranking', 'rl_table', 'rl_latex',
+           'rl_search_latex', 'rl_numbers', 'write_rl']
 
 # %% ../nbs/73_rl_report.ipynb #578afdf2
 import numpy as np, pandas as pd
 from .config import Reinforcement, load_settings
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, line_chart, macro_name, macros,
+from .report import (Artefacts, Look, cell, check_runs, figure_bytes, difference_macros, latex_difference, made_with, latex_number, line_chart, macro_name, macros,
                                paper_style, percent, to_latex)
 from .rl_runs import SUPERVISED, rl_choices, rl_specs, rl_tuning_specs, success
 from .statistics import holm, paired_bootstrap, t_interval
@@ -65,7 +65,7 @@ def enough_seconds(
     return {m: bool(mean['more'] >= mean[m]) for m in frame.method.unique() if m not in ('start', *SUPERVISED)}
 
 # %% ../nbs/73_rl_report.ipynb #c28add4e
-PANELS = dict(name='right tools', values='right values', timing='calls when due', failed='cannot be read or run')
+PANELS = dict(name='right tools', values='right values', failed='cannot be read or run (less is better)')
 
 def rl_curves(
     records,
@@ -77,24 +77,37 @@ def _draw(ax, curves, field):
     for method in (m for m in METHODS if m in set(curves.method)):
         look, by = METHODS[method], curves[curves.method == method].groupby('point')
         x, (mean, half) = by.seconds.mean().to_numpy(), np.array([t_interval(g[field]) for _, g in by]).T
+        mean, half = 100*mean, 100*np.nan_to_num(half)
         ax.plot(x, mean, color=look.colour, ls=look.line, label=look.label, lw=1.2)
-        if field == 'state': ax.fill_between(x, mean - np.nan_to_num(half), mean + np.nan_to_num(half), color=look.colour, alpha=0.12, lw=0)
+        ax.fill_between(x, mean - half, mean + half, color=look.colour, alpha=0.12, lw=0)
+
+# %% ../nbs/73_rl_report.ipynb #abeea81e
+def start_success(
+    curves:pd.DataFrame, # as from `rl_curves`
+)->float: # share
+    "What the policy that all set out from carries out, mean over seeds and methods"
+    return float(curves[curves.point == 0].state.mean())
 
 def rl_figure(
     curves:pd.DataFrame, # as from `rl_curves`
+    start:float,         # share of the plans that the supervised policy carries out on the queries of the curve
+    n:int,               # of these queries
 ):
-    "Success, and the parts of the reward, against seconds"
+    "Success, and the parts of the reward, in percent of held-out plans against seconds"
     import matplotlib.pyplot as plt
     with paper_style():
-        fig = plt.figure(figsize=(6.85, 3.3))
-        grid = fig.add_gridspec(2, 4)
-        large = fig.add_subplot(grid[:, :2])
+        fig = plt.figure(figsize=(6.85, 3.5))
+        grid = fig.add_gridspec(3, 2, width_ratios=(3, 2))
+        large = fig.add_subplot(grid[:, 0])
+        look = METHODS['start']
+        large.axhline(100*start, color=look.colour, ls=look.line, lw=0.7, label=look.label)
         _draw(large, curves, 'state')
-        large.set(xlabel='GPU-seconds', ylabel='held-out plans that succeed', xlim=(0, None))
+        large.set(title=f'(a) plans that succeed, {n} held-out queries', xlabel='GPU-seconds', ylabel=f'% of {n} plans', xlim=(0, None))
         for k, (field, title) in enumerate(PANELS.items()):
-            ax = fig.add_subplot(grid[k//2, 2 + k%2])
+            ax = fig.add_subplot(grid[k, 1])
             _draw(ax, curves, field)
-            ax.set(title=title, xlim=(0, None), **(dict(xlabel='GPU-seconds') if k > 1 else {}))
+            ax.set(title=f'({"bcd"[k]}) {title}', ylabel='%', xlim=(0, None))
+        ax.set_xlabel('GPU-seconds')
         fig.legend(*large.get_legend_handles_labels(), loc='outside upper center', ncols=4)
     return fig
 
@@ -155,7 +168,7 @@ def rl_latex(table:pd.DataFrame, frame:pd.DataFrame, s:Reinforcement)->str:
     note = (f'Percent of {s.test_per_set} held-out plans and single calls of SageWorld whose end state is right; accuracy of whether a call is due; calls of other tools whose documents are given; tools of what was learnt before; seconds of acting and learning on one GPU, several runs at a time; '
             f'and points ahead of more supervision in plans, and of the supervised policy in timing, with paired 95\\% intervals over queries and a star where $p<0.05$ after Holm\'s correction. '
             + (f'More supervision trained for fewer seconds than {", ".join(less)}. ' if less else 'More supervision trained for at least as many seconds as every method that acts. ')
-            + f'Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds. Profile {s.profile}.')
+            + f'Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds; {made_with(s.profile)}.')
     return to_latex(table, None, note)
 
 # %% ../nbs/73_rl_report.ipynb #4b5b7d15
@@ -170,7 +183,7 @@ def rl_search_latex(
         plans = percent(success(r['result']))
         rows.append([METHODS[name].label, latex_number(lr), '---' if knob is None else f'{knob:g}', f'\\textbf{{{plans}}}' if best[name] == (lr, knob) else plans, percent(success(r['result'], 'selection'))])
     n = len({r['spec']['seed'] for r in tuning})
-    note = f'Percent of held-out queries of the tuning split whose end state is right; {n} seed{"s"*(n > 1)}, profile {s.profile}. Knob: the price of a nat in PPO, $\\beta$ in DPO. Bold: what was taken.'
+    note = f'Percent of held-out queries of the tuning split whose end state is right; {n} seed{"s"*(n > 1)}, {made_with(s.profile)}. Knob: the price of a nat in PPO, $\\beta$ in DPO. Bold: what was taken.'
     return to_latex(pd.DataFrame(rows).set_index(0), [r'& rate & knob & plans & calls \\'], note)
 
 # %% ../nbs/73_rl_report.ipynb #8c90638b
@@ -184,7 +197,7 @@ def rl_numbers(
         start = macro_name(f'rl_{method}')
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
     for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)):
-        for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
+        for d in table.itertuples(): out |= difference_macros(macro_name(f'rl_{d.method}_{name}_{d.against}'), d.difference, d.low, d.high)
     out |= {macro_name(f'rl_model_{k}'): f'{v:.0f}' if k == 'n' else percent(v) for k, v in model_ranking(records).items()}
     log = training_log(records)
     for k in ('logps/chosen', 'alike', 'entropy', 'kl'):
@@ -204,7 +217,7 @@ def write_rl(
     check_runs(records, rl_specs(s))
     records = sorted(records, key=lambda r: r['key'])
     frame, out = rl_frame(records), Artefacts(s.profile, root)
-    found, timing, fig = rl_differences(records), rl_differences(records, 'start', 'timing', 'timing'), rl_figure(rl_curves(records))
+    found, timing, fig = rl_differences(records), rl_differences(records, 'start', 'timing', 'timing'), rl_figure(rl_curves(records), start_success(rl_curves(records)), s.curve_queries)
     parts = [('figures', 'rl.pdf', figure_bytes(fig), records), ('tables', 'rl.tex', rl_latex(rl_table(frame, found, timing), frame, s), records),
              ('tables', 'rl_numbers.tex', macros(rl_numbers(records, frame, found, timing, s)), records)]
     if tuning: parts.append(('tables', 'rl_rates.tex', rl_search_latex(tuning, s), tuning))

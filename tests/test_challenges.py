@@ -5,7 +5,7 @@ import numpy as np, pytest
 
 from conftest import ROOT
 from sage_paper.calls import format_calls
-from sage_paper.challenge_report import MEASURES, challenge_costs, challenge_differences, challenge_latex, check_challenges, columns, item_parts, measures, peer_latex, regime_rates
+from sage_paper.challenge_report import MEASURES, challenge_costs, challenge_differences, challenge_latex, check_challenges, columns, item_parts, measures, peer_latex, regime_rates, timing_items, trivial_measures
 from sage_paper.challenge_parts import REGIMES, given_candidates, load_parts
 from sage_paper.challenge_runs import CHALLENGES_VERSION, challenge_records, challenge_specs, challenge_tuning_specs, run_challenges, scored
 from sage_paper.config import load_settings
@@ -123,9 +123,11 @@ def test_closed_book_retrieval_answers_a_known_query_as_it_was_answered(settings
 
 
 def test_the_table_tells_the_regimes_apart_and_shows_every_run(settings, records):
-    text = challenge_latex(measures(records), settings)
+    trivial = trivial_measures(timing_items(records))
+    text = challenge_latex(measures(records), trivial, settings)
     closed, given = text.split(r'\emph{5 candidates in the prompt}')
     assert r'\emph{closed book}' in closed
+    assert closed.count('\nnever call & ') == closed.count('\nalways call & ') == 1 and 'never call' not in given
     for block in (closed, given): assert all(block.count(f'\n{name} & ') == 1 for name in ('zero-shot', 'BM25', 'TF-IDF', 'dense', 'fine-tuned', 'Gorilla'))
     assert closed.count('\nrules & ') == 1 and 'rules & ' not in given   # judges see no candidates
     rows = [l for l in text.splitlines() if l.startswith(tuple(f'{m.label} & ' for m in METHODS.values()))]
@@ -191,4 +193,4 @@ def test_costs_are_means_over_queries_and_seeds(records, settings):
         written = sum(p['tokens'] for p in r['result']['parts'].values())/n
         trained = (r['result']['budget'] or {}).get('tokens', 0)/1e6
         assert (row.written, row.trained) == tuple(f'{x:.1f}' if x else '0' for x in (written, trained))
-    assert 'trained & written & tried' in peer_latex(records, measures(records), settings)
+    assert 'trained & written & tried' in peer_latex(records, settings)
