@@ -26,8 +26,9 @@ def keys(specs): return {record_key('streaming', STREAMING_VERSION, s) for s in 
 
 
 def there(s, experiment):
-    "The committed records of a profile; without any there is nothing to test, and only the second model may be without"
-    if not (found := committed(experiment, s.profile)) and s is GEMMA: pytest.skip('the runs of the second model have not been made yet')
+    "The committed records of a profile; only the second model's may not all be there yet"
+    found, wanted = committed(experiment, s.profile), dict(streaming_tuning=tuning_specs, streaming=streaming_specs)[experiment](s)
+    if len(found) < len(wanted) and s is GEMMA: pytest.skip('not all runs of the second model have been made yet')
     return found
 
 
@@ -142,8 +143,9 @@ def test_the_readme_says_what_the_paper_says():
     said = (ROOT/'README.md').read_text()
     assert f'{numbers["StreamingFullAccuracy"]}% against {numbers["BatchFullAccuracy"]}%' in said
     assert f'{numbers["ContinualToolstreamSageLost"]} points lost where fine-tuning loses {numbers["ContinualToolstreamFinetuneLost"]}' in said
-    over = [re.match(r'\$\+([0-9.]+)\$', numbers[f'ContinualToolstreamOver{k}'])[1] for k in ('Er', 'Sure')]
-    assert f'{over[0]} points above replay and {over[1]} above SuRe on ToolStream' in said
+    over = [re.match(r'\$\+([0-9.]+)\$ \[\$([0-9.]+)\$, \$([0-9.]+)\$\]', numbers[f'ContinualToolstreamOver{k}']).groups() for k in ('Er', 'Sure')]
+    (er, *er_within), (sure, *sure_within) = over
+    assert f'{er} points [{", ".join(er_within)}] above replay and {sure} [{", ".join(sure_within)}] above SuRe on ToolStream' in said
 
 
 def test_what_was_timed_is_what_the_settings_ask_for():
