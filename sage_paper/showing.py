@@ -94,6 +94,7 @@ def grid(
     rows, columns,      # names of the columns that tell them apart
 )->pd.DataFrame: # of text, in points
     "Comparisons side by side"
+    if found.empty: return pd.DataFrame()
     cells = [points(r.difference, r.low, r.high) + ('*' if getattr(r, 'p', 1) < 0.05 else '') for r in found.itertuples()]
     wide = found.assign(cell=cells).pivot(index=rows, columns=columns, values='cell')
     ordered = lambda names: found[names].drop_duplicates() if isinstance(names, str) else pd.MultiIndex.from_frame(found[names].drop_duplicates())
