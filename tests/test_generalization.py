@@ -189,7 +189,7 @@ def test_the_table_holds_what_one_computes_by_hand():
 def test_bold_is_only_what_lies_above_all_others():
     sources = generalization_latex(measures(RUNS), RUNS, SMOKE, True)
     best = [c for l in sources.splitlines() for c in l.split(' & ') if r'\textbf' in c]
-    assert len(best) == 2 and all('100.0' in c for c in best)
+    assert best and all('100.0' in c for c in best)   # what never calls, or always does, can be as good
     level = [RUNS[0], *(r | dict(result=RUNS[0]['result'] | dict(training=r['result']['training'], budget=r['result']['budget'])) for r in RUNS[1:])]
     assert r'\textbf' not in generalization_latex(measures(level), level, SMOKE, True)
 
