@@ -18,7 +18,7 @@ from .config import Challenges, load_settings
 from .methods import METHODS, ten_documents
 from .records import best_rates, bits, unbits
 from .samples import CHALLENGES
-from .report import Artefacts, ReportError, check_runs, difference_macros, in_booktabs, macro_name, macros, made_with, percent, plus_minus, to_latex
+from .report import Artefacts, ReportError, check_runs, in_booktabs, latex_difference, macro_name, macros, made_with, percent, plus_minus, to_latex
 from .statistics import clustered_ratio, holm, paired_bootstrap
 
 # %% ../nbs/65_challenge_report.ipynb #5b768f92
@@ -282,10 +282,10 @@ def challenge_numbers(
     for r in frame.itertuples(): out[macro_name(f'{r.regime}_{r.method}') + name(r.part) + macro_name(r.measure.replace('f1', 'f'))] = percent(r.value)
     for r in trivial_measures(timing_items(records)).itertuples(): out[macro_name(f'challenges_{r.method}') + name(r.part.split('/')[1]) + 'F'*(r.measure == 'f1')] = percent(r.value)
     for d in challenge_differences(records).itertuples():
-        if d.method == 'sft': out |= difference_macros(macro_name(f'gain_{d.regime}') + name(d.part), d.difference, d.low, d.high)
+        if d.method == 'sft': out[macro_name(f'gain_{d.regime}') + name(d.part)] = latex_difference(d.difference, d.low, d.high)
     for ending, by in (('', FIRST), ('Success', dict(planning='success'))):
         for d in challenge_differences(records, 'sft', by).itertuples():
-            out |= difference_macros(macro_name(f'over_{d.regime}_{d.method}') + name(d.part) + ending, d.difference, d.low, d.high)
+            out[macro_name(f'over_{d.regime}_{d.method}') + name(d.part) + ending] = latex_difference(d.difference, d.low, d.high)
     for (regime, method), c in challenge_costs(records).iterrows():
         out |= {macro_name(f'{regime}_{method}_{k}'): v for k, v in c.items()}
     for r in records:

@@ -15,7 +15,7 @@ from .config import Continual, load_settings
 from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_choices, continual_specs, old_and_later, old_new
 from .forgetting import LEVELS, lost_by_level, matrix_numbers
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, difference_macros, figure_bytes, latex_difference, latex_number, look_scales, macro_name, macros, made_with,
+from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, look_scales, macro_name, macros, made_with,
                                paper_style, percent, to_latex)
 from .statistics import first_reached, holm, paired_bootstrap, t_interval
 
@@ -226,7 +226,7 @@ def continual_latex(
     "The table as LaTeX, its note included"
     at = s.streams.index(stream)
     note = (f'{STREAMS[stream]}: percent of held-out queries with the right tool after {s.n_new[at]:,} new tools in {s.rounds[at]} rounds, on the {s.n_old[at]:,} old tools, on the new ones, and their mean; points lost on the old ones; '
-            f'accuracy on a round\'s tools right after it; mean over all moments and tasks so far; operations, of which two seeds differ by at most {spread:.2f} PFLOP; and by how many points the mean of SAGE is ahead, with the paired 95\\% interval over tools and a star where $p<0.05$ after Holm\'s correction. '
+            f'accuracy on a round\'s tools right after it; mean over all moments and tasks so far; operations, of which two seeds differ by at most {spread:.2f} PFLOP; and by how many points the mean of SAGE is ahead, with the paired 95\\% interval over tools and seeds and a star where $p<0.05$ after Holm\'s correction. '
             f'Memory of {s.buffer_size:,} samples. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, orders {", ".join(s.orders)} of the new tools in turn; {made_with(s.profile)}.')
     return to_latex(table, None, note)
 
@@ -264,17 +264,21 @@ def buffer_latex(frame:pd.DataFrame, s:Continual)->str:
     return to_latex(table, None, note)
 
 # %% ../nbs/71_continual_report.ipynb #2a875b98
+_RUN = ['stream', 'strategy', 'seed']
+
 def _changes(records):
-    "Accuracy on each part at the end, a row a run, by stream and strategy"
+    "Accuracy on each part at the end, a row a run: stream, strategy, seed"
     found = sorted((r for r in records if r['spec']['protocol'] == 'changes'), key=lambda r: (_order(r), r['spec']['seed']))
-    if not found: return pd.DataFrame(columns=['stream', 'strategy', 'seed']).groupby(['stream', 'strategy'])
-    return pd.DataFrame([dict(stream=r['spec']['stream'], strategy=r['spec']['strategy'], seed=r['spec']['seed'], **dict(zip(r['result']['parts'], r['result']['matrix'][-1]))) for r in found]).groupby(['stream', 'strategy'], sort=False)
+    runs = pd.MultiIndex.from_tuples([tuple(r['spec'][k] for k in _RUN) for r in found], names=_RUN) if found else pd.MultiIndex.from_arrays([[]]*3, names=_RUN)
+    return pd.DataFrame([dict(zip(r['result']['parts'], r['result']['matrix'][-1])) for r in found], runs)
+
+def _by_strategy(runs): return runs.groupby(level=['stream', 'strategy'], sort=False)
 
 def changes_frame(
     records,
 )->pd.DataFrame: # a row a stream and strategy
     "What tools that change end with: accuracy on each part, mean over seeds; the parts that are no longer right come last"
-    return _changes(records).mean().drop(columns='seed', errors='ignore')
+    return _by_strategy(_changes(records)).mean()
 
 def _each_seed(x):
     "The mean in percent, and after it every run"
@@ -285,7 +289,7 @@ CHANGES_HEADS = [r'& & \multicolumn{2}{c}{new} & \multicolumn{2}{c}{right now} &
 
 def changes_latex(records, s:Continual)->str:
     "The changes as LaTeX, every seed shown: where they differ by half, a symmetric interval leaves what is possible"
-    table = _labelled(_changes(records).agg(_each_seed).drop(columns='seed', errors='ignore'), s)
+    table = _labelled(_by_strategy(_changes(records)).agg(_each_seed), s)
     note = f'Percent of held-out queries answered as is right at the end, which is no call where the tool is retired; in the last two columns as was right before, which is an error. {s.n_changed} tools retired, {s.n_changed} changed. Mean, and after it each of {len(s.seeds)} seeds; {made_with(s.profile)}.'
     return to_latex(table, CHANGES_HEADS, note)
 
@@ -327,19 +331,18 @@ def rival_numbers(
         of = lambda n: f[(f.stream == stream) & (f.strategy == n)].anytime_accuracy
         for n in (n for n in ('sage', *s.buffer_strategies) if len(of(n))):
             out[macro_name(f'continual_{stream}_{n}_anytime')] = percent(of(n).mean())
-            if n != 'sage': out |= difference_macros(macro_name(f'continual_{stream}_anytime_over_{n}'), *seed_difference(of('sage'), of(n)))
+            if n != 'sage': out[macro_name(f'continual_{stream}_anytime_over_{n}')] = latex_difference(*seed_difference(of('sage'), of(n)))
     for stream in s.in_depth:
         of = lambda n, size: pick(records, stream=stream, strategy=n, buffer_size=size)
         for n, size in ((n, b) for n in s.buffer_strategies if n != 'sage' for b in s.buffers):
             if of(n, size) and of('sage', size):
                 d = ahead(of('sage', size), of(n, size))
-                out |= difference_macros(macro_name(f'continual_{stream}_memory_{size}_over_{n}'), d['difference'], d['low'], d['high'])
-    runs = _changes(records).obj
-    for stream, g in runs.groupby('stream'):
-        of = lambda n, part: g[g.strategy == n].set_index('seed')[part]
-        for n in (n for n in s.buffer_strategies if n != 'sage' and {'sage', n} <= set(g.strategy)):
+                out[macro_name(f'continual_{stream}_memory_{size}_over_{n}')] = latex_difference(d['difference'], d['low'], d['high'])
+    for stream, g in _changes(records).groupby(level='stream'):
+        of = lambda n, part: g.loc[(stream, n), part]
+        for n in (n for n in s.buffer_strategies if n != 'sage' and {'sage', n} <= {*g.index.get_level_values('strategy')}):
             for part in ('retired before', 'changed before', 'added', 'later', 'old'):
-                out |= difference_macros(macro_name(f'continual_{stream}_changes', *part.split(), 'over', n), *seed_difference(of('sage', part), of(n, part)))
+                out[macro_name(f'continual_{stream}_changes', *part.split(), 'over', n)] = latex_difference(*seed_difference(of('sage', part), of(n, part)))
     return out
 
 # %% ../nbs/71_continual_report.ipynb #1c40bf45
@@ -358,7 +361,7 @@ def continual_numbers(
         out[macro_name(f'continual_{stream}_before')] = percent(g.old_before.mean())
         sage, tuned = (g[g.strategy == name].lost.mean() for name in ('sage', 'finetune'))
         out[macro_name(f'continual_{stream}_lost_part')] = percent(sage/tuned, 0) if tuned > 0 else '---'
-    for d in found.itertuples(): out |= difference_macros(macro_name(f'continual_{d.stream}_over_{d.against}') + (macro_name(f'without_{d.without}') if d.without else ''), d.difference, d.low, d.high)
+    for d in found.itertuples(): out[macro_name(f'continual_{d.stream}_over_{d.against}') + (macro_name(f'without_{d.without}') if d.without else '')] = latex_difference(d.difference, d.low, d.high)
     memory = buffer_frame(frame, s)
     out |= {macro_name(f'continual_{x}_{n}_memory_{b}'): percent(memory.loc[(x, n), b]) for x, n in memory.index for b in s.buffers}
     out |= {macro_name(f'continual_{x}_{n}_changes', *part.split()): percent(v) for (x, n), row in changes.iterrows() for part, v in row.items()}

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TITLES', 'MARKERS', 'VARIANTS', 'coreset_frame', 'compared', 'coreset_differences', 'coreset_figure',
-           'coreset_table', 'coreset_latex', 'ablation_frame', 'ablation_latex', 'term_agreement', 'coreset_numbers',
-           'write_coreset']
+           'coreset_table', 'coreset_latex', 'ablation_frame', 'ablation_latex', 'term_agreement', 'random_for',
+           'coreset_numbers', 'write_coreset']
 
 # %% ../nbs/69_coreset_report.ipynb #95fb1f89
 import numpy as np, pandas as pd
 from .config import Coreset, load_settings
 from .coreset_runs import ablation_specs, coreset_specs
 from .records import unbits
-from .report import (Artefacts, Look, ReportError, cell, check_runs, figure_bytes, item_answers, difference_macros, latex_difference, made_with, macro_name, macros,
+from .report import (Artefacts, Look, ReportError, cell, check_runs, figure_bytes, item_answers, latex_difference, made_with, macro_name, macros,
                                paper_style, percent, to_latex)
 from .statistics import holm, paired_bootstrap, t_interval
 
@@ -128,7 +128,7 @@ def ablation_latex(
     rows = {}
     for r in frame.itertuples(): rows.setdefault(VARIANTS[r.variant], {}).update({(r.stream, 'right'): cell(100*np.array(r.accuracy), 1), (r.stream, 'over'): latex_difference(r.difference, r.low, r.high)})
     heads = ['& ' + ' & '.join(f'\\multicolumn{{2}}{{c}}{{{TITLES[x]}}}' for x in s.streams) + r' \\', '& ' + ' & '.join(['right tool', 'over random']*len(s.streams)) + r' \\']
-    note = f'Percent of held-out queries with the right tool after keeping {100*s.ablation_fraction:.0f}\\% of the stream, mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, and points above a random part with the paired 95\\% interval over tools. {made_with(s.profile).capitalize()}.'
+    note = f'Percent of held-out queries with the right tool after keeping {100*s.ablation_fraction:.0f}\\% of the stream, mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, and points above a random part with the paired 95\\% interval over tools and seeds. {made_with(s.profile).capitalize()}.'
     return to_latex(pd.DataFrame(rows).T, heads, note)
 
 # %% ../nbs/69_coreset_report.ipynb #79cea5fe
@@ -144,6 +144,14 @@ def term_agreement(
 # %% ../nbs/69_coreset_report.ipynb #0bad8c37
 _PARTS = {0.1: 'Tenth', 0.3: 'ThreeTenths', 0.5: 'Half', 1.: 'All'}
 
+def random_for(
+    frame:pd.DataFrame, # of one stream, as from `coreset_frame`
+    pflop:float,
+)->float: # share
+    "What a random part reaches for these operations, between the parts that were kept and everything"
+    means = frame[frame.selector.isin(('random', 'all'))].groupby('fraction')[['pflop', 'accuracy']].mean()
+    return float(np.interp(pflop, means.pflop, means.accuracy))
+
 def coreset_numbers(
     frame:pd.DataFrame, differences:pd.DataFrame,
     apart:pd.DataFrame, # as from `ablation_frame`
@@ -154,9 +162,11 @@ def coreset_numbers(
     name = lambda stream, fraction, selector: macro_name(f'coreset_{stream}') + _PARTS[fraction] + macro_name(selector)
     out = {'CoresetSeeds': str(len(s.seeds))} | {name(*k): percent(g.accuracy.mean()) for k, g in frame.groupby(['stream', 'fraction', 'selector'], sort=False)}
     out |= {name(*k) + 'Loss': f'{g.nll.mean():.2f}' for k, g in frame.groupby(['stream', 'fraction', 'selector'], sort=False)}
+    for (stream, fraction, selector), g in frame[frame.selector.isin(('ssis', 'rho_loss'))].groupby(['stream', 'fraction', 'selector'], sort=False):
+        out[name(stream, fraction, selector) + 'ByRandom'] = percent(random_for(frame[frame.stream == stream], g.pflop.mean()))
     for d in differences.itertuples():
-        out |= difference_macros(name(d.stream, d.fraction, d.selector) + 'Over' + macro_name(d.against), d.difference, d.low, d.high)
-    for a in apart.itertuples(): out |= difference_macros(macro_name(f'coreset_{a.stream}_{a.variant.replace("+", "_")}') + 'OverRandom', a.difference, a.low, a.high)
+        out[name(d.stream, d.fraction, d.selector) + 'Over' + macro_name(d.against)] = latex_difference(d.difference, d.low, d.high)
+    for a in apart.itertuples(): out[macro_name(f'coreset_{a.stream}_{a.variant.replace("+", "_")}') + 'OverRandom'] = latex_difference(a.difference, a.low, a.high)
     gains = differences[(differences.selector == 'ssis') & (differences.against == 'random') & (differences.fraction == 0.5)]
     for d in gains.itertuples(): out[name(d.stream, d.fraction, 'ssis') + 'Gain'] = f'{100*d.difference:.1f}'
     for stream, rho in agreement.items(): out[macro_name(f'coreset_{stream}') + 'UncertaintyRisk'] = f'{rho[0, 2]:.2f}'

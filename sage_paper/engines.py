@@ -160,11 +160,11 @@ def on_ray(
     variables=None, # of the environment of all processes, a dict
 ): # yields (name, value or `Lost`); raises `EngineError`
     "Make all of it on the cluster"
-    def one(x):
-        hold_to_share(jobs)
-        return f(x)
     with ray_cluster(variables or {}) as ray:
         share, source = gpu_share(jobs) if ray.cluster_resources().get('GPU') else 0, iter(work)
+        def one(x):
+            if share: hold_to_share(jobs)
+            return f(x)
         task = ray.remote(num_cpus=1, num_gpus=share, max_retries=0)(one)
         flying, losses = {}, Counter()   # reference → (name, argument)
         try:

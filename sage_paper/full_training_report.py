@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from .challenge_report import FIRST, MEASURES, SETS, challenge_table, columns, item_parts, measure_table, part_names
 from .config import FullTraining, load_settings
 from .full_training_runs import CHANGES, full_training_specs
-from .report import Artefacts, ReportError, check_runs, difference_macros, in_booktabs, macro_name, macros, made_with, percent
+from .report import Artefacts, ReportError, check_runs, in_booktabs, latex_difference, macro_name, macros, made_with, percent
 from .statistics import clustered_ratio, holm, paired_bootstrap
 
 # %% ../nbs/77_full_training_report.ipynb #8f3cee1d
@@ -165,7 +165,7 @@ def full_training_numbers(
     arrived = {r['result']['arrived'] for r in records}
     out = {name('seeds'): str(len(s.seeds)), name('arrived'): f'{max(arrived):,}', name('buffer'): f'{s.buffer_size:,}', name('passes'): f'{s.passes:g}', name('rl', 'part'): percent(s.rl_part, 0), name('test'): f'{s.test_per_set:,}'}
     out |= {name('value', r.method, r.part, r.measure): '---' if np.isnan(r.value) else percent(r.value) for r in frame.itertuples()}
-    for d in differences.itertuples(): out |= difference_macros(name(*(('practice', 'adds') if d.family == 'rl' else ('over', d.method)), d.part), d.difference, d.low, d.high)
+    out |= {name(*(('practice', 'adds') if d.family == 'rl' else ('over', d.method)), d.part): latex_difference(d.difference, d.low, d.high) for d in differences.itertuples()}
     for v, c in costs(records).iterrows(): out |= {name(v, 'tokens'): f'{c.tokens/1e6:.2f}', name(v, 'seconds'): f'{c.seconds:.0f}', name(v, 'written'): f'{c.written/1e6:.2f}'}
     return out
 

@@ -15,7 +15,7 @@ from .challenge_report import TRIVIAL, challenge_table, item_parts, measure_tabl
 from .config import Generalization, load_settings
 from .generalization_runs import UNTRAINED, USES, generalization_specs, method_names, trained_on
 from .records import best_rates
-from .report import Artefacts, ReportError, check_runs, difference_macros, in_booktabs, macro_name, macros, made_with, percent
+from .report import Artefacts, ReportError, check_runs, in_booktabs, latex_difference, macro_name, macros, made_with, percent
 from .statistics import clustered_ratio, holm, paired_bootstrap
 
 # %% ../nbs/75_generalization_report.ipynb #9655b0c0
@@ -208,7 +208,7 @@ def generalization_numbers(
     share = lambda x: '---' if x is None or np.isnan(x) else percent(x)
     out = {name('seeds'): str(len(s.seeds)), name('samples'): f'{s.steps*s.batch_size:,}', name('candidates'): str(s.n_candidates), name('test'): f'{s.test_per_set:,}', name('gold'): percent(s.gold_share, 0)}
     out |= {name(r.method, r.part, r.measure): share(r.value) for r in frame.itertuples()}
-    for d in differences.itertuples(): out |= difference_macros(name(d.method, 'over', d.against, d.part), d.difference, d.low, d.high)
+    out |= {name(d.method, 'over', d.against, d.part): latex_difference(d.difference, d.low, d.high) for d in differences.itertuples()}
     out |= {name(r.method, r.part) + 'F'*(r.measure == 'f1'): percent(r.value) for r in trivial_frame(records).itertuples()}
     out |= {name('recall', k): share(x) for k, x in overview(records).recall.items()}
     return out | {name(m, 'tokens'): f'{t/1e6:.2f}' for m, t in training_overview(records).tokens.items()}

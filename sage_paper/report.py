@@ -6,8 +6,7 @@
 __all__ = ['PUBLISHED', 'LOOKS', 'AXES', 'ReportError', 'check_runs', 'Artefacts', 'check_manifest', 'Look', 'paper_style',
            'figure_bytes', 'curve_frame', 'mean_curves', 'draw_curves', 'look_scales', 'line_chart', 'curve_chart',
            'item_answers', 'signed', 'plus_minus', 'cell', 'clearly_best', 'in_booktabs', 'made_with', 'to_latex',
-           'macro_name', 'macros', 'percent', 'latex_number', 'latex_p', 'latex_difference', 'latex_gap',
-           'difference_macros']
+           'macro_name', 'macros', 'percent', 'latex_number', 'latex_p', 'latex_difference']
 
 # %% ../nbs/61_report.ipynb #80e7a4c8
 import hashlib, io, json, tempfile
@@ -291,17 +290,3 @@ def latex_difference(
 )->str:
     "A difference in points, with its interval"
     return f'{_points(difference, True)} [{_points(low)}, {_points(high)}]'
-
-def latex_gap(
-    difference:float, low:float, high:float, # shares
-)->str:
-    "The size of a difference in points, with its interval turned the same way"
-    if difference < 0: difference, low, high = -difference, -high, -low
-    return f'{_points(difference)} [{_points(low)}, {_points(high)}]'
-
-def difference_macros(
-    name:str, # of the macro
-    difference:float, low:float, high:float, # shares
-)->dict: # macro name → text
-    "The difference with its sign, and its size under the same name with `Gap` at the end"
-    return {name: latex_difference(difference, low, high), f'{name}Gap': latex_gap(difference, low, high)}

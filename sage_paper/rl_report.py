@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'SETS', 'PANELS', 'WATCHED', 'rl_row', 'rl_frame', 'rl_dif
 import numpy as np, pandas as pd
 from .config import Reinforcement, load_settings
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, figure_bytes, difference_macros, latex_difference, made_with, latex_number, line_chart, macro_name, macros,
+from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, made_with, latex_number, line_chart, macro_name, macros,
                                paper_style, percent, to_latex)
 from .rl_runs import SUPERVISED, rl_choices, rl_specs, rl_tuning_specs, success
 from .statistics import holm, paired_bootstrap, t_interval
@@ -197,7 +197,7 @@ def rl_numbers(
         start = macro_name(f'rl_{method}')
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
     for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)):
-        for d in table.itertuples(): out |= difference_macros(macro_name(f'rl_{d.method}_{name}_{d.against}'), d.difference, d.low, d.high)
+        for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
     out |= {macro_name(f'rl_model_{k}'): f'{v:.0f}' if k == 'n' else percent(v) for k, v in model_ranking(records).items()}
     log = training_log(records)
     for k in ('logps/chosen', 'alike', 'entropy', 'kl'):

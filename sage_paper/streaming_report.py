@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from .config import Streaming
 from .records import unbits
 from .report import (AXES, LOOKS, Artefacts, ReportError, cell, check_runs, clearly_best, curve_frame, draw_curves, figure_bytes, item_answers,
-                               latex_gap, latex_number, latex_p, macro_name, made_with, macros, paper_style, percent, to_latex)
+                               latex_number, latex_p, macro_name, made_with, macros, paper_style, percent, to_latex)
 from .statistics import anytime_average, first_reached, holm, paired_bootstrap, t_interval
 from .streaming_runs import LATE, STREAMING_METHODS, streaming_specs, tuned_rates
 
@@ -143,7 +143,7 @@ def _method_numbers(m, g):
     out |= put('argument_f', percent(g.argument_f1.mean())) | put('format', percent(g.format.mean())) | put('late', percent(g.late.mean()))
     out |= put('samples', f'{g.samples.mean():,.0f}') | put('tokens', f'{g.tokens.mean()/1e6:.2f}') | put('pflops', f'{g.flops.mean()/1e15:.2f}')
     out |= put('seconds', f'{g.seconds.mean():.0f}') | put('reached', str(reached)) | put('adaptation', f'{g.adaptation.mean():,.0f}')
-    return out | put('part', f'{g.to95_samples.mean():.2f}' if reached else '--') | put('share', percent(g.to95_samples.mean(), 0) if reached else '--')
+    return out | put('share', percent(g.to95_samples.mean(), 0) if reached else '--')
 
 # %% ../nbs/63_streaming_report.ipynb #0af1c91c
 def streaming_numbers(
@@ -160,7 +160,7 @@ def streaming_numbers(
     for m in STREAMING_METHODS: out |= _method_numbers(m, frame[frame.method == m]) | {macro_name(m, 'rate'): latex_number(getattr(s, f'lr_{m}'))}
     for r in diff.itertuples():
         out |= {macro_name(r.method, 'difference'): f'{100*r.difference:+.1f}', macro_name(r.method, 'low'): f'{100*r.low:+.1f}',
-                macro_name(r.method, 'high'): f'{100*r.high:+.1f}', macro_name(r.method, 'gap'): latex_gap(r.difference, r.low, r.high), macro_name(r.method, 'p'): latex_p(r.p)}
+                macro_name(r.method, 'high'): f'{100*r.high:+.1f}', macro_name(r.method, 'p'): latex_p(r.p)}
     return out
 
 # %% ../nbs/63_streaming_report.ipynb #0145029f

@@ -205,7 +205,7 @@ def claims_note(models:list, s:TwoModels)->str: # LaTeX
     counts = [[len(m.settings[e].seeds) for e in THREE] for m in models]
     seeds = '; '.join(f'{m.name} {", ".join(map(str, n))}' for m, n in zip(models, counts))
     other = f' The best other is {", ".join(best)}.' if best else ''
-    return (f'{stream}: differences in points of held-out queries with the right tool, with the paired 95\\% interval over tools; for tools that come last it is over seeds. Claimed is where the difference should lie, in points, and a claim holds where the interval says so. '
+    return (f'{stream}: differences in points of held-out queries with the right tool, with the paired 95\\% interval over tools and seeds; for tools that come last it is over seeds. Claimed is where the difference should lie, in points, and a claim holds where the interval says so. '
             f'{100*s.fraction:.0f}\\% of the stream are kept.{other} Seeds of the three experiments: {seeds}. Profiles {", ".join(s.profiles)}.')
 
 # %% ../nbs/79_two_models.ipynb #666d331d

@@ -189,7 +189,7 @@ def test_the_table_holds_what_one_computes_by_hand():
 def test_bold_is_only_what_lies_above_all_others():
     sources = generalization_latex(measures(RUNS), RUNS, SMOKE, True)
     best = [c for l in sources.splitlines() for c in l.split(' & ') if r'\textbf' in c]
-    assert best and all('100.0' in c for c in best)   # what never calls, or always does, can be as good
+    assert len(best) == 1 and '100.0' in best[0]   # ToolStream; on MetaTool another seed of the second could be all right as well
     level = [RUNS[0], *(r | dict(result=RUNS[0]['result'] | dict(training=r['result']['training'], budget=r['result']['budget'])) for r in RUNS[1:])]
     assert r'\textbf' not in generalization_latex(measures(level), level, SMOKE, True)
 
@@ -222,7 +222,7 @@ def test_what_was_trained_and_asked_is_counted():
 def test_every_number_has_a_name_of_its_own():
     frame, d = measures(RUNS), generalization_differences(RUNS)
     numbers = generalization_numbers(frame, d, RUNS, SMOKE)
-    assert len(numbers) == 5 + len(frame) + 2*len(d) + 4 + 2 + 4 and all(k.startswith('Generalization') and k.isalpha() for k in numbers)
+    assert len(numbers) == 5 + len(frame) + len(d) + 4 + 2 + 4 and all(k.startswith('Generalization') and k.isalpha() for k in numbers)
     assert numbers['GeneralizationAllBfclLiveRight'] == '62.5' and numbers['GeneralizationAllTokens'] == '1.50' and numbers['GeneralizationRecallBfclLive'] == '---'
     assert numbers['GeneralizationAllOverZeroShotBfclLive'].startswith('$+62.5$')
 
