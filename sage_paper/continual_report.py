@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'BANDED', 'CHANGES_HEADS', 'pick', 'run_row', 'continual_frame', 'bound_frame',
            'usual', 'right_answers', 'weighted_answers', 'ahead', 'continual_differences', 'round_accuracies',
-           'forgetting_curves', 'continual_figure', 'tool_curves', 'continual_chart', 'continual_table',
+           'forgetting_curves', 'draw_rounds', 'continual_figure', 'tool_curves', 'continual_chart', 'continual_table',
            'operations_spread', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex', 'changes_frame',
            'changes_latex', 'search_latex', 'seed_difference', 'rival_numbers', 'continual_numbers', 'write_continual']
 
@@ -125,7 +125,12 @@ def forgetting_curves(
 # %% ../nbs/71_continual_report.ipynb #ad400248
 BANDED = ('er', 'sure', 'der', 'sage')   # strategies whose intervals are drawn
 
-def _curve(ax, runs, which, name):
+def draw_rounds(
+    ax, runs:pd.DataFrame, # of one stream and strategy, as from `forgetting_curves`
+    which:str, # `old` or `new`, a column
+    name:str,  # of the strategy
+):
+    "Percent right round by round, mean over runs, with its interval where it is one of `BANDED`"
     look, by = STRATEGIES[name], runs.dropna(subset=[which]).groupby('round')[which]
     mean, half = 100*np.array([t_interval(x) for _, x in by]).T
     x, banded = list(by.groups), name in BANDED
@@ -149,7 +154,7 @@ def continual_figure(
         for k, (ax, (stream, which)) in enumerate(zip(axes.flat, [(x, w) for x in streams for w in ('old', 'new')])):
             f, b = curves[curves.stream == stream], bounds[bounds.stream == stream]
             low = 70 if f.groupby(['strategy', 'round'])[['old', 'new']].mean().min().min() > 0.7 else 0
-            for name in (n for n in STRATEGIES if n in set(f.strategy)): _curve(ax, f[f.strategy == name], which, name)
+            for name in (n for n in STRATEGIES if n in set(f.strategy)): draw_rounds(ax, f[f.strategy == name], which, name)
             for name in BOUNDS:
                 y = 100*b[b.strategy == name][which].mean()
                 _level(ax, y, STRATEGIES[name], (0.98, 0.03) if y < low else None)

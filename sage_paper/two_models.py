@@ -12,7 +12,7 @@ __all__ = ['THREE', 'NAMES', 'VERSIONS', 'BOUNDS', 'CLAIMS', 'TITLES', 'MEASURES
 import numpy as np, pandas as pd
 from dataclasses import dataclass
 from .config import TwoModels, find_root, load_settings
-from .continual_report import STRATEGIES, ahead, continual_frame, forgetting_curves, right_answers, pick, search_latex
+from .continual_report import STRATEGIES, ahead, continual_frame, draw_rounds, forgetting_curves, right_answers, pick, search_latex
 from .continual_runs import CONTINUAL_VERSION, continual_spec, continual_tuning_specs
 from .coreset_report import KINDS, compared, coreset_frame
 from .coreset_runs import CORESET_VERSION, coreset_spec
@@ -210,21 +210,17 @@ def claims_note(models:list, s:TwoModels)->str: # LaTeX
 
 # %% ../nbs/79_two_models.ipynb #666d331d
 def _kept_part(ax, records):
-    "Accuracy by selector, with intervals over seeds"
+    "Percent right by selector, with intervals over seeds"
     accuracy = {k: x.accuracy for k, x in coreset_frame(records).groupby('selector')}
     for at, name in enumerate(names := [n for n in KINDS if n in accuracy]):
-        mean, half = t_interval(accuracy[name])
+        mean, half = t_interval(100*accuracy[name])
         ax.errorbar(at, mean, np.nan_to_num(half), color=KINDS[name].colour, marker='o', ms=3, elinewidth=0.8, ls='none')
     ax.set_xticks(range(len(names)), [KINDS[n].label for n in names], rotation=40, ha='right')
 
 def _old_tools(ax, records, s):
-    "What is left of the old tools, round by round"
+    "What is left of the old tools, round by round, in percent"
     curves = forgetting_curves(records, s)
-    for name in (n for n in STRATEGIES if n in set(curves.strategy)):
-        by, look = curves[curves.strategy == name].groupby('round').old, STRATEGIES[name]
-        mean, half = np.array([t_interval(x) for _, x in by]).T
-        ax.plot(list(by.groups), mean, color=look.colour, ls=look.line, label=look.label)
-        ax.fill_between(list(by.groups), mean - np.nan_to_num(half), mean + np.nan_to_num(half), color=look.colour, alpha=0.15, lw=0)
+    for name in (n for n in STRATEGIES if n in set(curves.strategy)): draw_rounds(ax, curves[curves.strategy == name], 'old', name)
     ax.set(xlabel='rounds of new tools', ylim=(0, None))
     ax.xaxis.get_major_locator().set_params(integer=True)
 
@@ -245,7 +241,7 @@ def models_figure(
             for ax, e in zip(row, THREE):
                 if e in m.records: parts[e](ax, m)
                 ax.set_title(f'{m.name}: {titles[e]}')
-            row[0].set_ylabel('right tool, held-out queries')
+            row[0].set_ylabel('right tool (% of held-out queries)')
         for k in (0, 2):
             handles, labels = max((row[k].get_legend_handles_labels() for row in axes), key=lambda x: len(x[1]))
             if labels: axes[0][k].legend(handles, labels, fontsize=6, loc='lower right' if k == 0 else 'lower left')
