@@ -155,12 +155,13 @@ def line_chart(
     titles:tuple, # of the axes
     told=(),    # further columns that are shown under the pointer
     zero=True,  # whether the axis of `y` begins at 0
+    percent=False, # whether `y`, a share, is read in percent
 )->tuple: # (`altair.LayerChart`, the selection by its legend)
     "A line a method and seed"
     import altair as alt
     pick, (colour, dash) = alt.selection_point(fields=['method'], bind='legend'), look_scales(looks)
-    base = alt.Chart(frame).encode(x=alt.X(f'{x}:Q', title=titles[0]), y=alt.Y(f'{y}:Q', title=titles[1], scale=alt.Scale(zero=zero)), color=colour, detail='seed:N', opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
-    points = base.mark_point(filled=True, size=24).encode(tooltip=list(dict.fromkeys(('method', 'seed', x, y, *told))))
+    base = alt.Chart(frame).encode(x=alt.X(f'{x}:Q', title=titles[0]), y=alt.Y(f'{y}:Q', title=titles[1], scale=alt.Scale(zero=zero), axis=alt.Axis(format='%') if percent else alt.Undefined), color=colour, detail='seed:N', opacity=alt.condition(pick, alt.value(1), alt.value(0.1)))
+    points = base.mark_point(filled=True, size=24).encode(tooltip=[alt.Tooltip(y, format='.1%') if percent and k == y else k for k in dict.fromkeys(('method', 'seed', x, y, *told))])
     return (base.mark_line().encode(strokeDash=dash) + points).add_params(pick), pick
 
 # %% ../nbs/61_report.ipynb #4ae4a9b0
@@ -169,7 +170,7 @@ def curve_chart(
 ): # `altair.LayerChart`
     "Learning curves of every seed, interactive"
     f = curve_frame(records)[['method', 'seed', 'point', x, 'samples', 'accuracy', 'exact']].assign(method=lambda d: d.method.map(lambda m: LOOKS[m].label)).round(4)
-    chart, _ = line_chart(f, LOOKS.values(), x, 'accuracy', (AXES[x][0].split(' (')[0], 'right tool, held-out queries'), ('samples', 'exact'))
+    chart, _ = line_chart(f, LOOKS.values(), x, 'accuracy', (AXES[x][0].split(' (')[0], 'right tool, held-out queries'), ('samples', 'exact'), percent=True)
     return chart.properties(width=520, height=280)
 
 # %% ../nbs/61_report.ipynb #006bc064
