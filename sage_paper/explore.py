@@ -278,7 +278,8 @@ def _rounded(frame, digits=4): return frame.round(digits).drop(columns='key', er
 def _methods(looks, frame):
     "The looks of those in a frame, and what encodes a list of them"
     import altair as alt
-    own = [look for label, look in looks.items() if label in set(frame.method)]
+    there = set(frame.method)
+    own = [look for label, look in looks.items() if label in there]
     colour, _ = look_scales(own)
     colour.legend = None
     return own, alt.Y('method:N', sort=[l.label for l in own], title=None, axis=alt.Axis(labelLimit=240)), colour
