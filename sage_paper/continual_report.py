@@ -15,7 +15,7 @@ from .config import Continual, load_settings
 from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_choices, continual_specs, old_and_later, old_new
 from .forgetting import LEVELS, lost_by_level, matrix_numbers
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, latex_number, look_scales, macro_name, macros, made_with,
+from .report import (Artefacts, Look, cell, check_runs, latex_difference, latex_number, look_scales, macro_name, macros, made_with,
                                paper_style, percent, to_latex)
 from .statistics import first_reached, holm, paired_bootstrap, t_interval
 
@@ -387,7 +387,7 @@ def write_continual(
     frame, bounds, out = continual_frame(records), bound_frame(records), Artefacts(s.profile, root)
     found = continual_differences(records, s) if found is None else found
     fig = continual_figure(forgetting_curves(records, s), bounds)
-    parts = [('figures', 'continual.pdf', figure_bytes(fig), records), *(('tables', f'continual_{x}.tex', continual_latex(continual_table(frame, bounds, found, x, s), x, s, operations_spread(frame, bounds, x)), records) for x in s.streams),
+    parts = [('figures', 'continual.pdf', fig, records), *(('tables', f'continual_{x}.tex', continual_latex(continual_table(frame, bounds, found, x, s), x, s, operations_spread(frame, bounds, x)), records) for x in s.streams),
              ('tables', 'continual_numbers.tex', macros(continual_numbers(frame, bounds, found, changes_frame(records), s) | rival_numbers(records, frame, s)), records)]
     if s.in_depth: parts += [('tables', 'continual_memory.tex', buffer_latex(frame, s), records), ('tables', 'continual_changes.tex', changes_latex(records, s), records)]
     if tuning: parts.append(('tables', 'continual_rates.tex', search_latex(tuning, s), tuning))

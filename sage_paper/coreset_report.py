@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from .config import Coreset, load_settings
 from .coreset_runs import ablation_specs, coreset_specs
 from .records import unbits
-from .report import (Artefacts, Look, ReportError, cell, check_runs, figure_bytes, item_answers, latex_difference, made_with, macro_name, macros,
+from .report import (Artefacts, Look, ReportError, cell, check_runs, item_answers, latex_difference, made_with, macro_name, macros,
                                paper_style, percent, to_latex)
 from .statistics import holm, paired_bootstrap, t_interval
 
@@ -187,7 +187,7 @@ def write_coreset(
     frame, found, out = coreset_frame(records), coreset_differences(records), Artefacts(s.profile, root)
     fig = coreset_figure(found)
     both, taken = sorted(records + apart, key=lambda r: r['key']), ablation_frame(ablations, records, s)
-    made = [('figures', 'coreset.pdf', figure_bytes(fig), records), ('tables', 'coreset.tex', coreset_latex(coreset_table(frame, found), s), records),
+    made = [('figures', 'coreset.pdf', fig, records), ('tables', 'coreset.tex', coreset_latex(coreset_table(frame, found), s), records),
             ('tables', 'coreset_ablation.tex', ablation_latex(taken, s), both), ('tables', 'coreset_numbers.tex', macros(coreset_numbers(frame, found, taken, term_agreement(records), s)), both)]
     plt.close(fig)
     return [out.write(kind, name, content, made_from, 'exp_coreset') for kind, name, content, made_from in made]

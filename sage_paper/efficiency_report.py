@@ -11,7 +11,7 @@ __all__ = ['RIVALS', 'OURS', 'DIGITS', 'check_efficiency', 'efficiency_frame', '
 import numpy as np, pandas as pd
 from .config import Efficiency, load_settings
 from .efficiency_runs import efficiency_specs
-from .report import Artefacts, Look, ReportError, check_runs, figure_bytes, in_booktabs, made_with, macro_name, macros, paper_style, plus_minus
+from .report import Artefacts, Look, ReportError, check_runs, in_booktabs, made_with, macro_name, macros, paper_style, plus_minus
 from .statistics import t_interval
 
 # %% ../nbs/67_efficiency_report.ipynb #b184ad7b
@@ -181,7 +181,7 @@ def write_efficiency(
     check_efficiency(records, s)
     frame, out = efficiency_frame(records), Artefacts(s.profile, root)
     fig = efficiency_figure(frame)
-    made = [('figures', 'efficiency.pdf', figure_bytes(fig)), ('tables', 'efficiency.tex', efficiency_latex(frame, records, s)),
+    made = [('figures', 'efficiency.pdf', fig), ('tables', 'efficiency.tex', efficiency_latex(frame, records, s)),
             ('tables', 'efficiency_numbers.tex', macros(efficiency_numbers(frame, records, s)))]
     plt.close(fig)
     return [out.write(kind, name, content, records, 'exp_efficiency') for kind, name, content in made]

@@ -47,11 +47,14 @@ class Artefacts:
     def write(self,
         kind:str,  # 'figures' or 'tables'
         name:str,  # file name
-        content,   # str or bytes
+        content,   # str or bytes, or a figure: then a PNG, to look at on a screen, is written beside the PDF
         records,   # that it was made from
         notebook:str, # that made it
     )->Path:
         "Write one artefact and its line in the manifest"
+        if hasattr(content, 'savefig'):
+            content, screen = figure_bytes(content), figure_bytes(content, 'png')   # in this order: a layout is settled anew each time
+            self.write(kind, Path(name).with_suffix('.png').name, screen, records, notebook)
         data = content.encode() if isinstance(content, str) else content
         folder = self.base/kind
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,10 +98,14 @@ def paper_style():
     import matplotlib as mpl
     with mpl.rc_context(fname=Path(__file__).with_name('sage.mplstyle')): yield
 
-def figure_bytes(fig)->bytes:
-    "The figure as a PDF that depends on nothing but its content"
+def figure_bytes(
+    fig,
+    form='pdf', # or 'png'
+)->bytes:
+    "The figure in a file that depends on nothing but its content"
+    nothing = dict(pdf=dict(CreationDate=None, Creator=None, Producer=None), png=dict(Software=None))
     buffer = io.BytesIO()
-    with paper_style(): fig.savefig(buffer, format='pdf', metadata=dict(CreationDate=None, Creator=None, Producer=None))
+    with paper_style(): fig.savefig(buffer, format=form, metadata=nothing[form])
     return buffer.getvalue()
 
 # %% ../nbs/61_report.ipynb #ebbfa2fd

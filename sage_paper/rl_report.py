@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'SETS', 'PANELS', 'WATCHED', 'rl_row', 'rl_frame', 'rl_dif
 import numpy as np, pandas as pd
 from .config import Reinforcement, load_settings
 from .records import unbits
-from .report import (Artefacts, Look, cell, check_runs, figure_bytes, latex_difference, made_with, latex_number, line_chart, macro_name, macros,
+from .report import (Artefacts, Look, cell, check_runs, latex_difference, made_with, latex_number, line_chart, macro_name, macros,
                                paper_style, percent, to_latex)
 from .rl_runs import SUPERVISED, rl_choices, rl_specs, rl_tuning_specs, success
 from .statistics import holm, paired_bootstrap, t_interval
@@ -218,7 +218,7 @@ def write_rl(
     records = sorted(records, key=lambda r: r['key'])
     frame, out = rl_frame(records), Artefacts(s.profile, root)
     found, timing, fig = rl_differences(records), rl_differences(records, 'start', 'timing', 'timing'), rl_figure(rl_curves(records), start_success(rl_curves(records)), s.curve_queries)
-    parts = [('figures', 'rl.pdf', figure_bytes(fig), records), ('tables', 'rl.tex', rl_latex(rl_table(frame, found, timing), frame, s), records),
+    parts = [('figures', 'rl.pdf', fig, records), ('tables', 'rl.tex', rl_latex(rl_table(frame, found, timing), frame, s), records),
              ('tables', 'rl_numbers.tex', macros(rl_numbers(records, frame, found, timing, s)), records)]
     if tuning: parts.append(('tables', 'rl_rates.tex', rl_search_latex(tuning, s), tuning))
     plt.close(fig)

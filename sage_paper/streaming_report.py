@@ -11,7 +11,7 @@ __all__ = ['PAIRS', 'COLUMNS', 'BOLD', 'SHARES', 'STREAMING_HEADS', 'CAVEAT', 's
 import numpy as np, pandas as pd
 from .config import Streaming
 from .records import unbits
-from .report import (AXES, LOOKS, Artefacts, ReportError, cell, check_runs, clearly_best, curve_frame, draw_curves, figure_bytes, item_answers,
+from .report import (AXES, LOOKS, Artefacts, ReportError, cell, check_runs, clearly_best, curve_frame, draw_curves, item_answers,
                                latex_number, latex_p, macro_name, made_with, macros, paper_style, percent, to_latex)
 from .statistics import anytime_average, first_reached, holm, paired_bootstrap, t_interval
 from .streaming_runs import LATE, STREAMING_METHODS, streaming_specs, tuned_rates
@@ -174,7 +174,7 @@ def write_streaming(
     check_runs(records, streaming_specs(s))
     records = sorted(records, key=lambda r: (r['spec']['seed'], STREAMING_METHODS.index(r['spec']['method'])))
     out, fig = Artefacts(s.profile, root), streaming_figure(records)
-    parts = [('figures', 'streaming.pdf', figure_bytes(fig), records), ('tables', 'streaming.tex', streaming_latex(records, s), records),
+    parts = [('figures', 'streaming.pdf', fig, records), ('tables', 'streaming.tex', streaming_latex(records, s), records),
              ('tables', 'streaming_numbers.tex', macros(streaming_numbers(records, s)), records)]
     if tuning: parts.append(('tables', 'streaming_rates.tex', rates_latex(tuning, s), tuning))
     plt.close(fig)

@@ -17,7 +17,7 @@ from .continual_runs import CONTINUAL_VERSION, continual_spec, continual_tuning_
 from .coreset_report import KINDS, compared, coreset_frame
 from .coreset_runs import CORESET_VERSION, coreset_spec
 from .records import read_record, record_path, runs_dir
-from .report import PUBLISHED, Artefacts, curve_frame, draw_curves, figure_bytes, in_booktabs, latex_difference, macro_name, macros, paper_style, percent
+from .report import PUBLISHED, Artefacts, curve_frame, draw_curves, in_booktabs, latex_difference, macro_name, macros, paper_style, percent
 from .statistics import paired_bootstrap, t_interval
 from .streaming_report import differences, rates_latex, summaries
 from .streaming_runs import STREAMING_VERSION, streaming_specs, tuning_specs
@@ -294,7 +294,7 @@ def write_two_models(
     records = sorted((r for m in models for rs in m.records.values() for r in rs), key=lambda r: r['key'])
     if not records: return []
     out, fig = Artefacts(s.profile, root), models_figure(models, s)
-    parts = [('figures', 'two_models.pdf', figure_bytes(fig), records), ('tables', 'two_models.tex', claims_latex(models, frame, s), records),
+    parts = [('figures', 'two_models.pdf', fig, records), ('tables', 'two_models.tex', claims_latex(models, frame, s), records),
              ('tables', 'two_models_numbers.tex', macros(two_models_numbers(models, frame)), records), *(('tables', name, *made) for name, made in search_tables(models, root).items())]
     plt.close(fig)
     return [out.write(kind, name, content, made_from, 'exp_two_models') for kind, name, content, made_from in parts]
