@@ -89,7 +89,8 @@ class Look:
     line: object = '-'   # matplotlib's line style
 
 LOOKS = dict(batch_full=Look('batch, all', '#000000'), batch_50pct=Look('batch, random half', '#999999', (0, (5, 1.5))),
-             streaming_full=Look('streaming, all', '#0072B2', (0, (3, 1, 1, 1))), streaming_coreset=Look('streaming, SSIS half', '#D55E00', (0, (1.2, 1))))
+             streaming_full=Look('streaming, all', '#0072B2', (0, (3, 1, 1, 1))), streaming_coreset=Look('streaming, SSIS half', '#D55E00', (0, (1.2, 1))),
+             streaming_whole=Look('streaming, all remembered', '#56B4E9'), streaming_mixed=Look('streaming, mixed order', '#009E73', (0, (5, 1.5))), streaming_random=Look('streaming, random half', '#E69F00', (0, (3, 1, 1, 1))))
 
 # %% ../nbs/61_report.ipynb #ca2f0a5a
 @contextmanager
@@ -176,8 +177,9 @@ def curve_chart(
     records, x='tokens', # a key of `AXES`
 ): # `altair.LayerChart`
     "Learning curves of every seed, interactive"
+    of = [r['spec']['method'] for r in records]
     f = curve_frame(records)[['method', 'seed', 'point', x, 'samples', 'accuracy', 'exact']].assign(method=lambda d: d.method.map(lambda m: LOOKS[m].label)).round(4)
-    chart, _ = line_chart(f, LOOKS.values(), x, 'accuracy', (AXES[x][0].split(' (')[0], 'right tool, held-out queries'), ('samples', 'exact'), percent=True)
+    chart, _ = line_chart(f, [LOOKS[m] for m in LOOKS if m in of], x, 'accuracy', (AXES[x][0].split(' (')[0], 'right tool, held-out queries'), ('samples', 'exact'), percent=True)
     return chart.properties(width=520, height=280)
 
 # %% ../nbs/61_report.ipynb #006bc064
