@@ -260,7 +260,7 @@ def list_runs_command(a):
     known, dates = remembered(root), commit_dates(root)
     todo = [(x, p) for x in ([e] if e else CATALOGUE.values()) for p in profiles(root, x) if a.profile in (None, p) and (x.id, p) not in known]
     for x, p in tqdm(todo, desc='comparing with the settings', disable=None, leave=False): known[x.id, p] = work_out(x, p, root)
-    found = [entries(folder, known.get((x.id, p), ()), dates, root) for x, p, folder in record_folders(root, e, a.profile)]
+    found = [entries(folder, known.get((x.id, p), {}), dates, root) for x, p, folder in record_folders(root, e, a.profile)]
     print('\n\n'.join(map(table, filter(None, found))) or 'no records')
 
 def show_runs_command(a):
@@ -349,7 +349,7 @@ def _runs(commands):
         return p
     for name, run, about in (('list', list_runs_command, 'Each record: key, date, seconds, whether the settings ask for it, and what it is of.'),
                              ('track', track_runs_command, 'Send records to the tracker that SAGE_TRACKER names, trackio or mlflow.'),
-                             ('prune', prune_runs_command, 'Records that no settings ask for, locks that nobody holds, and notes of failures: show them, or delete them.')):
+                             ('prune', prune_runs_command, 'Records that no settings ask for, whatever the seed, locks that nobody holds, and notes of failures: show them, or delete them.')):
         p = action(name, run, about)
         p.add_argument('experiment', nargs='?', metavar='EXPERIMENT', help='an id; all experiments, if not given')
         p.add_argument('--profile', metavar='P', help='a folder such as paper or smoke-custom; all, if not given')

@@ -8,7 +8,7 @@ from sage_paper.calls import Sample, ToolCall
 from sage_paper.cli import main
 from sage_paper.config import EXPERIMENTS, load_settings
 from sage_paper.experiments import CATALOGUE, published_keys, record_files, remembered, state, wanted_runs, work_out
-from sage_paper.inventory import commit_dates, headline, read_ends
+from sage_paper.inventory import commit_dates, headline, prunable, read_ends
 from sage_paper.records import read_record, record_key, run_or_load
 from sage_paper.running import ENVIRONMENT, alive
 from sage_paper.samples import write_samples
@@ -392,6 +392,22 @@ def test_pruning_deletes_what_no_settings_ask_for_and_only_when_told(project, re
     assert sorted(p.name for p in folder.iterdir()) == before
     assert main(['runs', 'prune', '--yes']) == 0 and re.search(r'deleted: \d+ files, \d+\.\d MB', capsys.readouterr().out)
     assert sorted(p.name for p in folder.iterdir()) == sorted(f'{k}.json' for k in keys)
+
+
+def test_another_seed_of_what_is_asked_for_is_listed_as_such_and_kept(project, recorded, capsys):
+    "Of a run that differs in its seed alone, but not where it differs in more"
+    folder = project/'runs/streaming/smoke'
+    spec = read_ends(folder/f'{recorded[0][0]}.json')['spec']
+    further, changed = (run_or_load(lambda spec: dict(curve=[dict(accuracy=0.5)]), 'streaming', 1, spec | more, folder)['key'] for more in (dict(seed=7), dict(seed=7, n_tools=9)))
+    assert main(['runs', 'list', 'streaming_comparison', '--profile', 'smoke']) == 0
+    lines = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()[1:]}
+    assert ' another seed ' in lines[further] and ' not used ' in lines[changed] and ' used ' in lines[recorded[0][0]]
+    assert main(['runs', 'prune', '--yes']) == 0 and {p.stem for p in record_files(folder)} == {*recorded[0], further}
+
+
+def test_the_committed_records_of_further_seeds_are_not_offered_for_deletion():
+    for e in (CATALOGUE['coreset_ablation'], CATALOGUE['challenges']):
+        assert not [x for x in prunable(ROOT, e, 'paper') if x.why == 'no settings ask for it']
 
 
 def test_pruning_leaves_alone_what_is_being_made(project, recorded):
