@@ -294,7 +294,9 @@ def test_the_menu_asks_before_it_starts(project):
     t.say('streaming\n')
     assert "did you mean 'streaming_comparison'?" in t.read('Enter leaves): ')
     t.say('1\n')
-    t.read('Enter takes smoke): ')
+    assert 'Profile (number or name: 1 smoke, 2 paper, 3 gemma; ' in t.read('Enter takes smoke): ')
+    t.say('4\n')
+    assert '4 is no number of the list, which goes from 1 to 3' in t.read('Enter takes smoke): ')
     t.say('\n')
     assert '4 runs to make' in t.read('Start? [y/N] ')
     t.say('n\n')
@@ -303,7 +305,7 @@ def test_the_menu_asks_before_it_starts(project):
 
 def test_the_menu_starts_and_shows_progress(project):
     t = Terminal()
-    for question, answer in (('leaves): ', '1'), ('takes smoke): ', 'smoke'), ('[y/N] ', 'y')):
+    for question, answer in (('leaves): ', '1'), ('takes smoke): ', '1'), ('[y/N] ', 'y')):
         t.read(question)
         t.say(answer + '\n')
     assert t.code() == 0 and len(made(project)) == 4
