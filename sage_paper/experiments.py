@@ -202,7 +202,7 @@ class State:
         if self.needed == 0: return 'no runs of its own'
         if not self.present: return 'no records yet'
         if not self.by: return f'{self.present} records, not yet compared with the settings'
-        more = f', and {self.unused} that are not used'*bool(self.unused)
+        more = f', and {self.unused} more that these settings do not ask for'*bool(self.unused)
         return f'all {self.needed} records{more}' if not self.missing else f'{self.needed - len(self.missing)} of {self.needed} records{more}'
 
 def state(
