@@ -2005,6 +2005,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'sage_paper/streaming_report.py'),
                                              'sage_paper.streaming_report.adaptation': ( 'streaming_report.html#adaptation',
                                                                                          'sage_paper/streaming_report.py'),
+                                             'sage_paper.streaming_report.curve_measure': ( 'streaming_report.html#curve_measure',
+                                                                                            'sage_paper/streaming_report.py'),
                                              'sage_paper.streaming_report.differences': ( 'streaming_report.html#differences',
                                                                                           'sage_paper/streaming_report.py'),
                                              'sage_paper.streaming_report.efficiency': ( 'streaming_report.html#efficiency',
