@@ -178,6 +178,12 @@ def test_the_list_names_every_experiment_and_profile(capsys, monkeypatch):
     assert out.count('\n   smoke ') == out.count('\n   paper ') == len(CATALOGUE) and out.count('\n   gemma ') == 3 and out.count('no runs of its own') == 2
 
 
+def test_the_list_knows_how_long_the_smoke_profile_takes(project):
+    "On a machine that has run nothing yet"
+    smoke = re.findall(r'^ +smoke +(.+(?:\n {10,}.+)*)', sage('--list').stdout, re.M)
+    assert len(smoke) == len(CATALOGUE) and not [s for s in smoke if 'about' not in s or 'on 2 busy CPU' not in ' '.join(s.split())]
+
+
 def test_what_is_remembered_is_forgotten_with_the_settings(project):
     e = CATALOGUE['streaming_comparison']
     work_out(e, 'smoke', project)
