@@ -1,5 +1,6 @@
 #!/bin/sh
 # paper/build/main.pdf from main.tex, figures/ and tables/. The same input gives the same bytes.
+# Exit code: 0 with a PDF, 3 where there is no TeX to make it with, else what TeX ended with.
 set -eu
 cd "$(dirname "$0")"
 mkdir -p build
@@ -8,8 +9,7 @@ packages="latexmk texlive-latex-recommended texlive-fonts-recommended texlive-la
 
 if ! command -v latexmk >/dev/null && [ "$(id -u)" = 0 ] && [ -e /etc/debian_version ]; then
   echo "paper: installing TeX ($packages)"
-  apt-get -qq update
-  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $packages >/dev/null
+  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $packages >/dev/null; } || echo 'paper: TeX could not be installed' >&2
 fi
 
 if command -v latexmk >/dev/null; then
@@ -18,7 +18,7 @@ if command -v latexmk >/dev/null; then
 elif command -v tectonic >/dev/null; then
   tectonic --outdir build main.tex
 else
-  echo "paper: figures/ and tables/ are made, the PDF is not: neither latexmk nor tectonic is here. On Debian: apt install $packages"
-  exit 0
+  echo "paper: figures/ and tables/ are made, the PDF is NOT: neither latexmk nor tectonic is here. On Debian: apt install $packages" >&2
+  exit 3
 fi
 echo "paper: paper/build/main.pdf"

@@ -404,11 +404,12 @@ def convert(
 ): # `value` as that type; raises `ValueError` or `TypeError`
     "`value` as the type `kind`, never by truncating or guessing"
     if isinstance(value, bool): raise TypeError('no field is a truth value')
-    if typing.get_origin(kind) is types.UnionType: return () if value in ('', [], ()) else convert(value, typing.get_args(kind)[0])
+    if typing.get_origin(kind) is types.UnionType: return () if value in ('', '[]', [], ()) else convert(value, typing.get_args(kind)[0])
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind): raise ValueError
         return value
     if typing.get_origin(kind) is tuple:
+        if isinstance(value, str) and value[:1] + value[-1:] == '[]': value = value[1:-1].replace(',', ' ')   # a list in papermill's -p
         items = value.split() if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [value]
         if not items: raise ValueError
         return tuple(convert(v, typing.get_args(kind)[0]) for v in items)
@@ -427,7 +428,7 @@ def typed(
     for k in values:
         if k not in kinds:
             near = difflib.get_close_matches(k, kinds, n=1)
-            hint = f'; did you mean {near[0]!r}?' if near else ''
+            hint = f'; did you mean {near[0]!r}?' if near else '.'
             raise SettingsError(f'unknown key {k!r} in {where}{hint} Accepted: {", ".join(sorted(kinds))}')
     def one(k, v):
         try: return convert(v, kinds[k])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'UNNAMED', 'Experiment', 'nearest', 'find_experiment', 'title_and_question', 'profiles', 'Run', 'kind',
-           'wanted_runs', 'code_digest', 'remembered', 'remember', 'work_out', 'record_files', 'published_keys',
-           'State', 'state']
+           'but_for_seed', 'wanted_runs', 'code_digest', 'remembered', 'remember', 'work_out', 'record_files',
+           'published_keys', 'State', 'state']
 
 # %% ../nbs/85_experiments.ipynb #9d54486e
 import difflib, hashlib, importlib, json, re
@@ -95,6 +95,13 @@ def kind(
     "What a run has in common with those that differ in seeds and numbers alone"
     return ' '.join(v for k, v in sorted(spec.items()) if isinstance(v, str) and v and k not in UNNAMED)
 
+def but_for_seed(
+    spec:dict, # a run's description
+)->str: # as long as a record's key
+    "What a run has in common with those that differ in their seed alone"
+    from sage_paper.records import record_key
+    return record_key('', 0, {k: v for k, v in spec.items() if k != 'seed'})
+
 # %% ../nbs/85_experiments.ipynb #ebfcf2e7
 def wanted_runs(
     e:Experiment,
@@ -121,7 +128,7 @@ def code_digest(
     return h.hexdigest()
 
 def _memory(root):
-    "What is remembered for these settings and this code: 'experiment/profile' → 'folder/key' → [needed, kind]"
+    "What is remembered for these settings and this code: 'experiment/profile' → 'folder/key' → [needed, kind, but for seed]"
     place = cache_dir()/'wanted.json'
     try: kept = json.loads(place.read_text(encoding='utf-8'))
     except (FileNotFoundError, ValueError): return {}   # never written, or not to be read: to be worked out anew
@@ -129,7 +136,7 @@ def _memory(root):
 
 def remembered(
     root:Path,
-)->dict: # (id, profile) → 'folder/key' → (needed, kind)
+)->dict: # (id, profile) → 'folder/key' → (needed, kind, what it is but for its seed)
     "What is known without any work"
     return {tuple(k.split('/')): {r: tuple(v) for r, v in runs.items()} for k, runs in _memory(root).items()}
 
@@ -138,10 +145,10 @@ def remember(
     e:Experiment, s:Profile, # of the settings file, without changes
     runs, # of `Run`: all that they ask for
     root:Path,
-)->dict: # 'folder/key' → (needed, kind)
+)->dict: # as in `remembered`
     "Keep the answer for the next list"
     from sage_paper.records import canonical, write_atomically
-    own = {f'{r.folder}/{r.key}': (r.needed, kind(r.spec)) for r in runs}
+    own = {f'{r.folder}/{r.key}': (r.needed, kind(r.spec), but_for_seed(r.spec)) for r in runs}
     if s.model in MODELS:   # a folder's weights may change and leave the settings as they are
         answers = _memory(root) | {f'{e.id}/{s.profile}': own}
         write_atomically(cache_dir()/'wanted.json', canonical(dict(digest=code_digest(root), answers=answers)))
@@ -150,7 +157,7 @@ def remember(
 def work_out(
     e:Experiment, profile:str,
     root:Path,
-)->dict: # 'folder/key' → (needed, kind)
+)->dict: # as in `remembered`
     "Which runs the profile's settings ask for, listed anew and remembered; raises `SettingsError`"
     s = load_settings(e.settings, profile, root/'settings.ini')
     return remember(e, s, wanted_runs(e, s), root)
@@ -195,7 +202,7 @@ class State:
         if self.needed == 0: return 'no runs of its own'
         if not self.present: return 'no records yet'
         if not self.by: return f'{self.present} records, not yet compared with the settings'
-        more = f', and {self.unused} that are not used'*bool(self.unused)
+        more = f', and {self.unused} more that these settings do not ask for'*bool(self.unused)
         return f'all {self.needed} records{more}' if not self.missing else f'{self.needed - len(self.missing)} of {self.needed} records{more}'
 
 def state(
@@ -207,7 +214,7 @@ def state(
     if not e.reported: return State(0, 0, ())
     there = {f'{f}/{p.stem}' for f in e.folders for p in record_files(root/'runs'/f/profile)}
     if (asked := known.get((e.id, profile))) is not None:
-        needed = [r for r, (n, _) in asked.items() if n]
+        needed = [r for r, (n, *_) in asked.items() if n]
         return State(len(there), len(needed), tuple(r for r in needed if r not in there), len(there - {*asked}))
     if keys := published_keys(e, profile, root): return State(len(there), len(keys), tuple(sorted(keys - there)), by='tables')
     return State(len(there), None, (), by='')

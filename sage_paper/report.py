@@ -134,14 +134,14 @@ AXES = dict(tokens=('trained tokens (millions)', 1e6), flops=('training and scor
 
 def draw_curves(
     ax, frame:pd.DataFrame, x:str, # a key of `AXES`
-    y='accuracy',
+    y='accuracy', # or another share, drawn in percent; or 'nll', in nats
 ):
-    "Mean learning curves with their intervals, in percent"
-    label, unit = AXES[x]
+    "Mean learning curves with their intervals"
+    (label, unit), percent = AXES[x], 1 if y == 'nll' else 100
     for method, xs, mean, half in mean_curves(frame, x, y):
         look = LOOKS[method]
-        ax.plot(xs/unit, 100*mean, color=look.colour, ls=look.line, label=look.label)
-        ax.fill_between(xs/unit, 100*(mean - half), 100*(mean + half), color=look.colour, alpha=0.15, lw=0)
+        ax.plot(xs/unit, percent*mean, color=look.colour, ls=look.line, label=look.label)
+        ax.fill_between(xs/unit, percent*(mean - half), percent*(mean + half), color=look.colour, alpha=0.15, lw=0)
     ax.set(xlabel=label, xlim=(0, None), ylim=(0, None))
 
 # %% ../nbs/61_report.ipynb #50ea1707
@@ -175,11 +175,12 @@ def line_chart(
 # %% ../nbs/61_report.ipynb #4ae4a9b0
 def curve_chart(
     records, x='tokens', # a key of `AXES`
+    y='accuracy', # or 'nll'
 ): # `altair.LayerChart`
     "Learning curves of every seed, interactive"
-    of = [r['spec']['method'] for r in records]
-    f = curve_frame(records)[['method', 'seed', 'point', x, 'samples', 'accuracy', 'exact']].assign(method=lambda d: d.method.map(lambda m: LOOKS[m].label)).round(4)
-    chart, _ = line_chart(f, [LOOKS[m] for m in LOOKS if m in of], x, 'accuracy', (AXES[x][0].split(' (')[0], 'right tool, held-out queries'), ('samples', 'exact'), percent=True)
+    of, title = [r['spec']['method'] for r in records], dict(accuracy='right tool, held-out queries', nll='NLL of held-out answers (nats a token)')[y]
+    f = curve_frame(records)[[*dict.fromkeys(('method', 'seed', 'point', x, 'samples', 'accuracy', 'exact', y))]].assign(method=lambda d: d.method.map(lambda m: LOOKS[m].label)).round(4)
+    chart, _ = line_chart(f, [LOOKS[m] for m in LOOKS if m in of], x, y, (AXES[x][0].split(' (')[0], title), ('samples', 'exact'), percent=y == 'accuracy')
     return chart.properties(width=520, height=280)
 
 # %% ../nbs/61_report.ipynb #006bc064

@@ -10,7 +10,7 @@ __all__ = ['CHALLENGES', 'JSON_TYPES', 'sample_to_json', 'challenge_of', 'sample
            'first_seen']
 
 # %% ../nbs/03_samples.ipynb #37e542f7
-import hashlib, json, math, re
+import codecs, hashlib, json, math, re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,7 +76,7 @@ def _decode(
     if raw.startswith(b'\xef\xbb\xbf'): raise ValueError('expected UTF-8 without a byte order mark, found one')
     if not raw.strip(): raise ValueError('expected an object, found an empty line')
     try:
-        o = _JSON.decode(text := raw.decode())
+        o = _JSON.decode(text := raw.rstrip(b'\r\n').decode())   # with the end a decoder would count a line more
         if '\\u' in text: json.dumps(o, ensure_ascii=False).encode()
     except UnicodeDecodeError as e: raise ValueError(f'expected UTF-8, found byte 0x{raw[e.start]:02x} at column {e.start + 1}') from e
     except UnicodeEncodeError as e: raise ValueError(f'expected characters, found half of one, \\u{ord(e.object[e.start]):x}') from e
@@ -135,6 +135,9 @@ def _lines(path, check, make, key, field='id'):
     seen = set()
     with open(path, 'rb') as f:
         for n, raw in enumerate(f, 1):
+            if n == 1 and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):   # no line of it can be read
+                yield None, [f'{path}: expected UTF-8, found UTF-16']
+                return
             try: problems = check(o := _decode(raw))
             except ValueError as e: problems = [str(e)]
             if not problems:

@@ -4,8 +4,8 @@ import json, subprocess, sys
 import pytest
 
 from conftest import ROOT
-from sage_paper.calls import Sample, Tool, ToolCall, format_calls, tool_document
-from sage_paper.cli import main
+from sage_paper.calls import PARSE_ERRORS, Sample, Tool, ToolCall, format_calls, tool_document
+from sage_paper.cli import DEFINED, WORDS, main
 from sage_paper.model import no_progress, render, tiny_lm
 from sage_paper.samples import write_samples, write_tools
 from sage_paper.scores import challenge_scores
@@ -57,8 +57,20 @@ def test_the_table_and_the_json_say_the_same(here, capsys):
     main(['score', '--data', 'gold.jsonl', '--predictions', 'right.jsonl'])
     *table, last = capsys.readouterr().out.splitlines()
     scores = json.loads(last)
-    shown = {tuple(l.split()) for l in table if l.startswith(' ')}
+    shown = {tuple(l.split()[:2]) for l in table if l.startswith(' ')}
     assert {('exact', '1.0000'), ('n', '2')} <= shown and len(table) >= sum(len(m) for m in scores.values())
+
+
+def test_every_line_of_the_table_says_what_it_counts(here, capsys):
+    "Whatever is measured, and whatever went wrong"
+    bad = dict(one='No idea.', two='[{"name": "boil"', plan='[{"name": "bake", "name": "fry"}]', none='{"a": 1}')
+    answers('bad.jsonl', bad)
+    for challenge in ([], ['--challenge', 'timing'], ['--challenge', 'planning']):
+        assert main(['score', '--data', 'gold.jsonl', '--predictions', 'bad.jsonl', '--format', 'table', *challenge]) == 0
+        lines = [l.split(maxsplit=2) for l in capsys.readouterr().out.splitlines() if l.startswith(' ')]
+        assert all(len(l) == 3 for l in lines) and {'no-json', 'cut-off', 'duplicate-key'} <= {l[0] for l in lines}
+    kinds = {k for c in ('timing', 'planning', 'selection') for k in challenge_scores([s for s in GOLD if DEFINED[c](len(s.calls))][:1], ['[]'], c)} - {'errors'}
+    assert {*WORDS} == kinds | {*PARSE_ERRORS} and all(WORDS.values())
 
 
 def test_a_missing_answer_counts_as_none_and_is_said(here, capsys):
@@ -77,12 +89,39 @@ def test_wrong_predictions_are_named_and_end_with_2(here, capsys, outputs, said)
     assert code == 2 and scores is None and all(w in err for w in said) and err.startswith('sage-paper: ')
 
 
+EVALUATE = ['evaluate', '--data', 'gold.jsonl', '--model']
+
+
 @pytest.mark.parametrize('argv,said', [(['score', '--data', 'none.jsonl', '--predictions', 'right.jsonl'], 'none.jsonl'),
                                        (['score', '--data', 'gold.jsonl', '--predictions', 'gold.jsonl'], 'unknown; expected one of id, output'),
-                                       (['evaluate', '--data', 'gold.jsonl', '--model', 'x', '--candidates', '2'], 'name their file with --tools')])
+                                       (['score', '--data', 'empty.jsonl', '--predictions', 'right.jsonl'], 'empty.jsonl: expected samples, a line each, found an empty file'),
+                                       (['score', '--data', 'gold.jsonl', '--predictions', 'empty.jsonl'], 'empty.jsonl: expected predictions, a line each, found an empty file'),
+                                       (['score', '--data', 'wide.jsonl', '--predictions', 'right.jsonl'], 'wide.jsonl: expected UTF-8, found UTF-16'),
+                                       ([*EVALUATE, 'bm25', '--tools', 'empty.jsonl'], 'empty.jsonl: expected tools, a line each, found an empty file'),
+                                       ([*EVALUATE, 'bm25', '--tools', 'few.jsonl'], "gold.jsonl: sample 'two' has the tool 'fry', which few.jsonl lacks; 2 tools are missing in all"),
+                                       ([*EVALUATE, 'bm25'], 'bm25 needs the tools to choose from: name their file with --tools'),
+                                       ([*EVALUATE, 'nonsense'], "no model 'nonsense'. There are smollm2-135m-instruct, gemma3-270m, bm25, folders, and hub ids"),
+                                       ([*EVALUATE, 'smollm2-135m'], "did you mean 'smollm2-135m-instruct'?"),
+                                       ([*EVALUATE, './gone'], "no model './gone'"),
+                                       ([*EVALUATE, 'smollm2-135m-instruct', '--candidates', '2'], '--candidates needs the tools to choose from: name their file with --tools')])
 def test_what_a_user_can_put_right_is_said_in_a_line(here, capsys, argv, said):
+    (here/'empty.jsonl').touch()
+    (here/'wide.jsonl').write_text((here/'gold.jsonl').read_text(), 'utf-16')
+    write_tools('few.jsonl', {k: TOOLS[k] for k in ('boil', 'bake')})
     code, scores, err = scored(capsys, *argv)
-    assert code == 2 and scores is None and said in err and 'Traceback' not in err
+    assert code == 2 and scores is None and said in err and 'Traceback' not in err and (err.count('\n') == 1 or 'unknown' in said)
+
+
+def test_a_model_that_cannot_be_one_is_refused_before_anything_is_loaded(here):
+    code = f'import sys; from sage_paper.cli import main; c = main({[*EVALUATE, "nonsense"]}); print(c, "torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=here, check=True).stdout == '2 False\n'
+
+
+def test_bm25_answers_with_the_tool_it_finds_first(here, capsys):
+    code, scores, _ = scored(capsys, *EVALUATE, 'bm25', '--tools', 'tools.jsonl', '--predictions', 'out.jsonl')
+    with open('out.jsonl') as f: written = {o['id']: json.loads(o['output']) for o in map(json.loads, f)}
+    assert code == 0 and written['one'] == [dict(name='boil', arguments={})] and written['two'] == [dict(name='fry', arguments={})]
+    assert scores['selection'] == dict(n=2, format=1, readable=1, name=1, exact=0, argument_f1=0, errors={}) and scores['timing']['false_call'] == 1
 
 
 def test_an_unknown_option_shows_the_usage(here):

@@ -1,5 +1,5 @@
 "What stands beside the library for others: data cards, hooks, containers, Binder; all of it names what is there"
-import json, re, subprocess
+import json, os, re, shutil, subprocess
 
 import pytest, yaml
 
@@ -97,6 +97,51 @@ def test_the_image_gets_the_tex_that_the_paper_is_set_with():
     packages = re.search(r'^packages="(.+)"$', (ROOT/'paper/build.sh').read_text(), re.M)[1].split()
     tex = re.search(r'if \[ -n "\$TEX" \]; then (.+?); fi', (ROOT/'Dockerfile').read_text())[1]
     assert tex.split()[-len(packages):] == packages
+
+
+@pytest.fixture
+def tools(tmp_path):
+    "A function that gives a PATH with a few commands, and a user's number"
+    def path(uid, *names):
+        (tmp_path/'bin').mkdir(exist_ok=True)
+        for name in names: (tmp_path/'bin'/name).symlink_to(shutil.which(name))
+        (tmp_path/'bin/id').write_text(f'#!/bin/sh\necho {uid}\n')
+        (tmp_path/'bin/id').chmod(0o755)
+        return f'{tmp_path}/bin'
+    return path
+
+
+@pytest.mark.parametrize('uid', [1000, 0], ids=['nobody to install it', 'root whose apt fails'])
+def test_without_tex_the_paper_ends_with_3_and_says_that_there_is_no_pdf(tmp_path, tools, uid):
+    shutil.copy(ROOT/'paper/build.sh', tmp_path)
+    path = tools(uid, 'dirname', 'mkdir')
+    (tmp_path/'bin/apt-get').write_text('#!/bin/sh\nexit 100\n')
+    (tmp_path/'bin/apt-get').chmod(0o755)
+    out = subprocess.run(['/bin/sh', tmp_path/'build.sh'], env=dict(PATH=path), capture_output=True, text=True)
+    assert out.returncode == 3 and 'the PDF is NOT' in out.stderr.splitlines()[-1] and 'main.pdf' not in out.stdout
+    checks = makefile_line('check').splitlines()
+    assert checks[0] == '\tpaper/build.sh || [ $$? = 3 ]' and 'cmp paper/build/main.pdf paper/main.pdf' in checks[-1]   # which takes the PDF only if there is one
+
+
+def test_with_tex_the_paper_ends_as_tex_does(tmp_path, tools):
+    shutil.copy(ROOT/'paper/build.sh', tmp_path)
+    path = tools(1000, 'dirname', 'mkdir', 'cat', 'grep')
+    for code, expected in ((0, 0), (12, 1)):
+        (tmp_path/'bin/latexmk').write_text(f'#!/bin/sh\n: > build/main.log\nexit {code}\n')
+        (tmp_path/'bin/latexmk').chmod(0o755)
+        assert subprocess.run(['/bin/sh', tmp_path/'build.sh'], env=dict(PATH=path), capture_output=True, text=True).returncode == expected
+
+
+@pytest.mark.parametrize('uid,allowed', [(0, True), (1000, False)])
+def test_jupyterlab_runs_as_root_only_for_root(tools, uid, allowed):
+    out = subprocess.run(['make', '-n', 'lab'], env=os.environ | dict(PATH=f'{tools(uid)}{os.pathsep}{os.environ["PATH"]}'), capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    line = next(l for l in out.splitlines() if 'jupyter lab' in l)
+    assert ('--allow-root' in line) is allowed and '--LabApp.default_url' in line
+
+
+def test_setting_up_ends_with_what_to_do_next():
+    assert makefile_line('setup').splitlines()[-1].startswith("\t@echo 'set up in .venv")
+    assert [w for w in re.findall(r'make (\w+)', makefile_line('setup')) if w not in ('paper', 'lab')] == []
 
 
 def test_what_is_made_here_stays_out_of_the_image():

@@ -8,7 +8,7 @@ from sage_paper.calls import Sample, ToolCall
 from sage_paper.cli import main
 from sage_paper.config import EXPERIMENTS, load_settings
 from sage_paper.experiments import CATALOGUE, published_keys, record_files, remembered, state, wanted_runs, work_out
-from sage_paper.inventory import commit_dates, headline, read_ends
+from sage_paper.inventory import commit_dates, headline, prunable, read_ends
 from sage_paper.records import read_record, record_key, run_or_load
 from sage_paper.running import ENVIRONMENT, alive
 from sage_paper.samples import write_samples
@@ -38,6 +38,19 @@ def test_what_the_settings_ask_for_is_what_the_tables_were_made_of(e):
     needed = {f'{r.folder}/{r.key}' for r in wanted_runs(e, load_settings(e.settings, 'paper', ROOT/'settings.ini')) if r.needed}
     assert needed == published_keys(e, 'paper', ROOT)
     assert not [k for k in needed if not (ROOT/'runs'/k.replace('/', '/paper/')).with_suffix('.json').exists()]
+
+
+def test_the_readme_counts_the_runs_that_the_notebooks_ask_for():
+    "By claim, in all, and what the table of all records has besides"
+    text, needed = (ROOT/'README.md').read_text(), {e.notebook: published_keys(e, 'paper', ROOT) for e in PUBLISHED}
+    rows = {re.search(r'\[(exp_\w+)\]', l)[1]: l.split('|')[-2] for l in text.splitlines() if l.startswith('| ') and '[exp_' in l}
+    assert {*rows} == {*needed} and {k: int(re.search(r'(\d+) runs anew', l)[1]) for k, l in rows.items()} == {k: len(v) for k, v in needed.items()}
+    assert {k: int(m[1]) for k, l in rows.items() if (m := re.search(r'(\d+) of them to choose rates', l))} == {k: n for k, v in needed.items() if (n := sum('_tuning/' in r for r in v))}
+    counted = [*map(int, re.search(r'\*\*Which runs are counted.*?(\d+) in all.*?is, (\d+): (\d+) more.*?shows, (\d+) of.*? and (\d+) of the second', text).groups())]
+    kept = {f'{f}/{p.stem}' for e in CATALOGUE.values() for f in e.folders for p in record_files(ROOT/'runs'/f/'paper')} - {k for v in needed.values() for k in v}
+    second, searched = (len([p for e in CATALOGUE.values() for f in e.folders for p in record_files(ROOT/'runs'/f/'gemma')]), sum('_tuning/' in k for k in kept))
+    whole = int(re.search(r'^all & (\d+)', (ROOT/'tables/compute.tex').read_text(), re.M)[1])
+    assert counted == [sum(map(len, needed.values())), whole, searched, len(kept) - searched, second] and sum(counted[2:]) + counted[0] == whole
 
 
 def test_figures_come_out_as_with_make():
@@ -163,6 +176,12 @@ def test_the_list_names_every_experiment_and_profile(capsys, monkeypatch):
     for e in CATALOGUE.values(): assert re.search(rf'^{e.id}: \S', out, re.M)
     for e in PUBLISHED: assert not re.search(rf'{e.id}:(.(?!^\w+: ))*lacks', out, re.S | re.M)
     assert out.count('\n   smoke ') == out.count('\n   paper ') == len(CATALOGUE) and out.count('\n   gemma ') == 3 and out.count('no runs of its own') == 2
+
+
+def test_the_list_knows_how_long_the_smoke_profile_takes(project):
+    "On a machine that has run nothing yet"
+    smoke = re.findall(r'^ +smoke +(.+(?:\n {10,}.+)*)', sage('--list').stdout, re.M)
+    assert len(smoke) == len(CATALOGUE) and not [s for s in smoke if 'about' not in s or 'on 2 busy CPU' not in ' '.join(s.split())]
 
 
 def test_what_is_remembered_is_forgotten_with_the_settings(project):
@@ -294,7 +313,9 @@ def test_the_menu_asks_before_it_starts(project):
     t.say('streaming\n')
     assert "did you mean 'streaming_comparison'?" in t.read('Enter leaves): ')
     t.say('1\n')
-    t.read('Enter takes smoke): ')
+    assert 'Profile (number or name: 1 smoke, 2 paper, 3 gemma; ' in t.read('Enter takes smoke): ')
+    t.say('4\n')
+    assert '4 is no number of the list, which goes from 1 to 3' in t.read('Enter takes smoke): ')
     t.say('\n')
     assert '4 runs to make' in t.read('Start? [y/N] ')
     t.say('n\n')
@@ -303,7 +324,7 @@ def test_the_menu_asks_before_it_starts(project):
 
 def test_the_menu_starts_and_shows_progress(project):
     t = Terminal()
-    for question, answer in (('leaves): ', '1'), ('takes smoke): ', 'smoke'), ('[y/N] ', 'y')):
+    for question, answer in (('leaves): ', '1'), ('takes smoke): ', '1'), ('[y/N] ', 'y')):
         t.read(question)
         t.say(answer + '\n')
     assert t.code() == 0 and len(made(project)) == 4
@@ -392,6 +413,22 @@ def test_pruning_deletes_what_no_settings_ask_for_and_only_when_told(project, re
     assert sorted(p.name for p in folder.iterdir()) == before
     assert main(['runs', 'prune', '--yes']) == 0 and re.search(r'deleted: \d+ files, \d+\.\d MB', capsys.readouterr().out)
     assert sorted(p.name for p in folder.iterdir()) == sorted(f'{k}.json' for k in keys)
+
+
+def test_another_seed_of_what_is_asked_for_is_listed_as_such_and_kept(project, recorded, capsys):
+    "Of a run that differs in its seed alone, but not where it differs in more"
+    folder = project/'runs/streaming/smoke'
+    spec = read_ends(folder/f'{recorded[0][0]}.json')['spec']
+    further, changed = (run_or_load(lambda spec: dict(curve=[dict(accuracy=0.5)]), 'streaming', 1, spec | more, folder)['key'] for more in (dict(seed=7), dict(seed=7, n_tools=9)))
+    assert main(['runs', 'list', 'streaming_comparison', '--profile', 'smoke']) == 0
+    lines = {l.split()[0]: l for l in capsys.readouterr().out.splitlines()[1:]}
+    assert ' another seed ' in lines[further] and ' not used ' in lines[changed] and ' used ' in lines[recorded[0][0]]
+    assert main(['runs', 'prune', '--yes']) == 0 and {p.stem for p in record_files(folder)} == {*recorded[0], further}
+
+
+def test_the_committed_records_of_further_seeds_are_not_offered_for_deletion():
+    for e in (CATALOGUE['coreset_ablation'], CATALOGUE['challenges']):
+        assert not [x for x in prunable(ROOT, e, 'paper') if x.why == 'no settings ask for it']
 
 
 def test_pruning_leaves_alone_what_is_being_made(project, recorded):

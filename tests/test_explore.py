@@ -167,7 +167,7 @@ def test_charts_apply_where_they_should():
 
 
 def test_the_reports_charts_are_drawn_too():
-    check_chart(curve_chart(kept_of('streaming_comparison').records))
+    for y in ('accuracy', 'nll'): check_chart(curve_chart(kept_of('streaming_comparison').records, y=y))
     check_chart(rl_chart(rl_curves(kept_of('rl_finetuning').records)))
 
 

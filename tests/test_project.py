@@ -148,3 +148,11 @@ def tracked():
 def test_no_file_names_a_machine():
     found = {str(p.relative_to(ROOT)): [w for w in (*MACHINE, *INDEX) if w.encode() in data] for p in tracked() if (data := p.read_bytes())}
     assert {f: words for f, words in found.items() if words} == {}
+
+
+def test_what_the_readmes_walks_write_stays_out_of_git():
+    shell = ''.join(re.findall(r'```sh\n(.*?)```', (ROOT/'README.md').read_text(), re.S))
+    written = {*re.findall(r' > (\S+)', shell), *re.findall(r'\bout\w*\.ipynb', (ROOT/'README.md').read_text()), 'out2.ipynb', 'build/smoke-custom/figures/streaming.pdf'}
+    assert {'mine.yaml', 'build/gold.jsonl', 'out.ipynb'} <= written
+    ignored = subprocess.run(['git', 'check-ignore', '--no-index', *sorted(written)], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert {*ignored} == written

@@ -61,6 +61,9 @@ def test_what_is_written_is_read(tmp_path_factory, samples):
     'empty': (b'', 'expected an object, found an empty line'),
     'blank': (b' \t', 'expected an object, found an empty line'),
     'no JSON': (b'{"id": 1,}', 'expected JSON, found an error at column 10'),
+    'comma': (b'{"id" 1}', "expected JSON, found an error at column 7 (Expecting ':' delimiter)"),
+    'open': (b'{"id": 1', "expected JSON, found an error at column 9 (Expecting ',' delimiter)"),
+    'open, as on Windows': (b'{"id": [1\r', "expected JSON, found an error at column 10 (Expecting ',' delimiter)"),
     'two objects': (GOOD + b' ' + GOOD, 'expected JSON, found an error at column'),
     'twice': (b'{"id": "a", "id": "b", "query": "q", "calls": []}', 'id: expected once, found twice'),
     'NaN': (changed(calls=[{'name': 'a', 'arguments': {'x': float('nan')}}]), 'expected JSON, found NaN'),
@@ -81,6 +84,14 @@ def test_what_is_wrong_is_named(path, raw, problem):
     stream = read_samples(path)
     assert next(stream) == TEA
     with pytest.raises(SampleError, match='line 2'): next(stream)
+
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-be'])
+def test_a_file_in_utf_16_is_named_as_a_whole(path, encoding):
+    mark = b'' if encoding == 'utf-16' else b'\xfe\xff'   # which the first one writes by itself
+    path.write_bytes(mark + ((GOOD.decode() + '\n')*30).encode(encoding))
+    with pytest.raises(SampleError) as e: load_samples(path)
+    assert e.value.problems == [f'{path}: expected UTF-8, found UTF-16'] and str(e.value) == e.value.problems[0]
 
 
 def test_a_file_that_is_cut_off(path):

@@ -17,6 +17,8 @@ SECTION = '[smoke.streaming]'
 
 MISTAKES = {  # what is wrong: (text of the smoke profile, what stands there instead, what the error names)
     'unknown key': ('epochs = 2', 'epochs = 2\nepoch = 3', ["'epoch'", "'epochs'", SECTION, *FIELDS]),
+    'far from any key': ('epochs = 2', 'epochs = 2\nqqqqq = 3', ["unknown key 'qqqqq' in [smoke.streaming]. Accepted: batch_size"]),
+    'list that does not end': ('seeds = 0', 'seeds = [0, 1', ['seeds', "'[0, 1'", '[smoke]']),
     'unknown shared key': ('[smoke]', '[smoke]\nlr = 1', ["'lr'", '[smoke]', 'model', 'precision', 'seeds']),
     'misplaced key': ('[smoke]', '[smoke]\nepochs = 2', ["'epochs'", '[smoke]', 'seeds']),
     'word for int': ('epochs = 2', 'epochs = two', ['epochs', "'two'", SECTION, 'a whole number']),
@@ -62,6 +64,22 @@ def test_the_paper_reports_seeds_it_was_not_tuned_on_or_says_so(experiment):
     else: assert len(s.seeds) >= (2 if experiment == 'generalization' else 3) and not set(s.seeds) & set(s.tuning_seeds)   # of generalization's third seed five of nine runs are missing
 
 
+@pytest.mark.parametrize('given', ['0 5', '[0, 5]', '[0,5]', '[0 5]', [0, 5], (0, 5)], ids=str)
+def test_a_list_may_be_written_as_in_the_file_or_as_in_python(given): assert load_settings('streaming', 'smoke', FILE, seeds=given).seeds == (0, 5)
+
+
+def test_words_of_a_list_too(): assert load_settings('coreset', 'smoke', FILE, selectors='[random, ssis]').selectors == ('random', 'ssis')
+
+
+def test_papermills_command_line_takes_a_list(tmp_path):
+    "Which reaches the notebook as text"
+    code = "from sage_paper.config import notebook_settings\nprint(notebook_settings('streaming', globals()).seeds)"
+    cells = [new_code_cell('profile = "smoke"', metadata=dict(tags=['parameters'])), new_code_cell(code)]
+    nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), tmp_path/'in.ipynb')
+    subprocess.run([sys.executable, '-m', 'papermill', tmp_path/'in.ipynb', tmp_path/'out.ipynb', '-p', 'seeds', '[0, 1]', '--cwd', ROOT], check=True, capture_output=True)
+    assert nbformat.read(tmp_path/'out.ipynb', 4).cells[-1].outputs[0].text == '(0, 1)\n'
+
+
 def test_settings_are_frozen():
     s = load_settings('streaming', 'smoke', FILE)
     with pytest.raises(dataclasses.FrozenInstanceError): s.epochs = 4
@@ -82,7 +100,7 @@ def test_an_unknown_profile_is_named():
     for name in PROFILES: assert name in str(e.value)
 
 
-@pytest.mark.parametrize('changes', [dict(epochs=2.5), dict(epochs=True), dict(epochs=None), dict(epochs=[2]), dict(spread='x'), dict(seeds=[]), dict(seeds=[0, 1.5]),
+@pytest.mark.parametrize('changes', [dict(epochs=2.5), dict(epochs=True), dict(epochs=None), dict(epochs=[2]), dict(spread='x'), dict(seeds=[]), dict(seeds='[]'), dict(seeds='[0, 1.5]'), dict(seeds=[0, 1.5]),
     dict(stream=3), dict(model=7)], ids=str)
 def test_a_change_of_the_wrong_type_is_named(changes):
     with pytest.raises(SettingsError, match=f'{next(iter(changes))} = .* in the notebook parameters: expected'): load_settings('streaming', 'smoke', FILE, **changes)
