@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SETS', 'PANELS', 'WATCHED', 'rl_row', 'rl_frame', 'rl_differences', 'enough_seconds', 'rl_curves',
            'start_success', 'rl_figure', 'rl_chart', 'training_log', 'model_ranking', 'rl_table', 'rl_latex',
-           'rl_search_latex', 'rl_numbers', 'write_rl']
+           'rl_search_latex', 'rate_ratios', 'rl_numbers', 'write_rl']
 
 # %% ../nbs/73_rl_report.ipynb #578afdf2
 import numpy as np, pandas as pd
@@ -96,7 +96,7 @@ def rl_figure(
     "Success, and the parts of the reward, in percent of held-out plans against seconds"
     import matplotlib.pyplot as plt
     with paper_style():
-        fig = plt.figure(figsize=(6.85, 3.5))
+        fig = plt.figure(figsize=(6.85, 2.9))
         grid = fig.add_gridspec(3, 2, width_ratios=(3, 2))
         large = fig.add_subplot(grid[:, 0])
         look = METHODS['start']
@@ -187,6 +187,14 @@ def rl_search_latex(
     return to_latex(pd.DataFrame(rows).set_index(0), [r'& rate & knob & plans & calls \\'], note)
 
 # %% ../nbs/73_rl_report.ipynb #8c90638b
+def rate_ratios(
+    records,
+)->list: # from the least to the largest
+    "How many times the rate of each method that follows rewards or preferences goes into that of each method that imitates"
+    rates = {r['spec']['method']: r['spec']['lr'] for r in records if r['spec']['method'] != 'start'}
+    imitating = {m: lr for m, lr in rates.items() if m in (*SUPERVISED, 'best')}
+    return sorted(a/b for a in imitating.values() for m, b in rates.items() if m not in imitating)
+
 def rl_numbers(
     records, frame:pd.DataFrame, found:pd.DataFrame, timing:pd.DataFrame, # as from the functions above
     s:Reinforcement,
@@ -198,6 +206,8 @@ def rl_numbers(
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
     for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)):
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
+    ratios = rate_ratios(records)
+    out |= {'RlRateRatioLow': f'{ratios[0]:.0f}', 'RlRateRatioHigh': f'{ratios[-1]:.0f}'} if ratios else {}
     out |= {macro_name(f'rl_model_{k}'): f'{v:.0f}' if k == 'n' else percent(v) for k, v in model_ranking(records).items()}
     log = training_log(records)
     for k in ('logps/chosen', 'alike', 'entropy', 'kl'):
