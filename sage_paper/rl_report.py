@@ -65,7 +65,7 @@ def enough_seconds(
     return {m: bool(mean['more'] >= mean[m]) for m in frame.method.unique() if m not in ('start', *SUPERVISED)}
 
 # %% ../nbs/73_rl_report.ipynb #c28add4e
-PANELS = dict(name='right tools', values='right values', failed='cannot be read or run (less is better)')
+PANELS = dict(name='right tools', values='right values', failed='cannot be read or run\n(less is better)')
 
 def rl_curves(
     records,
@@ -96,18 +96,14 @@ def rl_figure(
     "Success, and the parts of the reward, in percent of held-out plans against seconds"
     import matplotlib.pyplot as plt
     with paper_style():
-        fig = plt.figure(figsize=(6.85, 2.9))
-        grid = fig.add_gridspec(3, 2, width_ratios=(3, 2))
-        large = fig.add_subplot(grid[:, 0])
+        fig, (large, *small) = plt.subplots(1, 1 + len(PANELS), figsize=(6.85, 2.3), width_ratios=(2, *[1]*len(PANELS)))
         look = METHODS['start']
         large.axhline(100*start, color=look.colour, ls=look.line, lw=0.7, label=look.label)
         _draw(large, curves, 'state')
         large.set(title=f'(a) plans that succeed, {n} held-out queries', xlabel='GPU-seconds', ylabel=f'% of {n} plans', xlim=(0, None))
-        for k, (field, title) in enumerate(PANELS.items()):
-            ax = fig.add_subplot(grid[k, 1])
+        for ax, letter, (field, title) in zip(small, 'bcd', PANELS.items()):
             _draw(ax, curves, field)
-            ax.set(title=f'({"bcd"[k]}) {title}', ylabel='%', xlim=(0, None))
-        ax.set_xlabel('GPU-seconds')
+            ax.set(title=f'({letter}) {title}', xlabel='GPU-seconds', xlim=(0, None))
         fig.legend(*large.get_legend_handles_labels(), loc='outside upper center', ncols=4)
     return fig
 
