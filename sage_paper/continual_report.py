@@ -6,8 +6,9 @@
 __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'BANDED', 'CHANGES_HEADS', 'pick', 'run_row', 'continual_frame', 'bound_frame',
            'usual', 'right_answers', 'weighted_answers', 'ahead', 'continual_differences', 'round_accuracies',
            'forgetting_curves', 'draw_rounds', 'continual_figure', 'tool_curves', 'continual_chart', 'continual_table',
-           'operations_spread', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex', 'changes_frame',
-           'changes_latex', 'search_latex', 'seed_difference', 'rival_numbers', 'continual_numbers', 'write_continual']
+           'start_spread', 'operations_spread', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex',
+           'changes_frame', 'changes_latex', 'search_latex', 'seed_difference', 'rival_numbers', 'continual_numbers',
+           'write_continual']
 
 # %% ../nbs/71_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
@@ -146,19 +147,19 @@ def continual_figure(
     curves:pd.DataFrame, # as from `forgetting_curves`
     bounds:pd.DataFrame, # as from `bound_frame`
 ):
-    "A row a stream: percent right on old tools, and on new ones that have arrived, round by round"
+    "A column a stream: percent right on old tools, and below on new ones that have arrived, round by round"
     import matplotlib.pyplot as plt
     streams = [x for x in STREAMS if x in set(curves.stream)]
     with paper_style():
-        fig, axes = plt.subplots(len(streams), 2, figsize=(6.85, 0.6 + 1.75*len(streams)), squeeze=False)
-        for k, (ax, (stream, which)) in enumerate(zip(axes.flat, [(x, w) for x in streams for w in ('old', 'new')])):
+        fig, axes = plt.subplots(2, len(streams), figsize=(6.85, 3.7), squeeze=False)
+        for k, (ax, (which, stream)) in enumerate(zip(axes.flat, [(w, x) for w in ('old', 'new') for x in streams])):
             f, b = curves[curves.stream == stream], bounds[bounds.stream == stream]
             low = 70 if f.groupby(['strategy', 'round'])[['old', 'new']].mean().min().min() > 0.7 else 0
             for name in (n for n in STRATEGIES if n in set(f.strategy)): draw_rounds(ax, f[f.strategy == name], which, name)
             for name in BOUNDS:
                 y = 100*b[b.strategy == name][which].mean()
                 _level(ax, y, STRATEGIES[name], (0.98, 0.03) if y < low else None)
-            ax.set(ylim=(low, min(102, ax.get_ylim()[1])), xlim=(int(which == 'new') - 0.2, None), title=f'({"abcdef"[k]}) {STREAMS[stream]}: {dict(old="old tools", new="new tools that have arrived")[which]}', xlabel='rounds of new tools')
+            ax.set(ylim=(low, min(102, ax.get_ylim()[1])), xlim=(int(which == 'new') - 0.2, None), title=f'({"abcdef"[k]}) {STREAMS[stream]}: {dict(old="old tools", new="new tools so far")[which]}', xlabel='rounds of new tools')
             ax.xaxis.get_major_locator().set_params(integer=True)
         for row in axes: row[0].set_ylabel('right tool (% of queries)')
         fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside upper center', ncols=6)
@@ -213,6 +214,12 @@ def continual_table(
         b = bounds[(bounds.stream == stream) & (bounds.strategy == name)]
         rows[STRATEGIES[name].label] = [cell(100*b.old, 1), cell(100*b.new, 1), cell(100*b.acc, 1), '---', '---', '---', f'{b.pflop.mean():.2f}', '---']
     return pd.DataFrame(rows, index=['old', 'new', 'mean', 'lost', 'learnt', 'any time', 'PFLOP', 'SAGE ahead']).T
+
+def start_spread(
+    frame:pd.DataFrame, # as from `continual_frame`
+)->float: # share
+    "By how much the accuracy on old tools differs at most between two runs of a stream and seed before the new ones come"
+    return float(frame.groupby(['stream', 'seed']).old_before.agg(np.ptp).max())
 
 def operations_spread(
     frame:pd.DataFrame, bounds:pd.DataFrame, # as from the functions above
@@ -356,7 +363,7 @@ def continual_numbers(
     s:Continual,
 )->dict: # macro name → text
     "All numbers that the paper's sentences on continual learning use"
-    out = {'ContinualSeeds': str(len(s.seeds))}
+    out = {'ContinualSeeds': str(len(s.seeds)), 'ContinualStartSpread': percent(start_spread(frame))}
     f = usual(frame, s)
     for (stream, name), g in f.groupby(['stream', 'strategy'], sort=False):
         start = macro_name(f'continual_{stream}_{name}')

@@ -60,7 +60,7 @@ def coreset_figure(
     streams, parts = list(dict.fromkeys(found.stream)), sorted(set(found.fraction))
     names = [n for n in KINDS if n in set(found.selector)]
     with paper_style():
-        fig, axes = plt.subplots(1, len(streams), figsize=(6.85, 2.7), squeeze=False)
+        fig, axes = plt.subplots(1, len(streams), figsize=(6.85, 2.3), squeeze=False)
         for k, (ax, stream) in enumerate(zip(axes[0], streams)):
             ax.axhline(0, color=KINDS['random'].colour, lw=1, label='random')
             for j, name in enumerate(names):

@@ -149,7 +149,7 @@ def compute_latex(
     "The table as LaTeX"
     total = [sum(u[k] for u in used) for k in ('runs', 'hours')]
     lines = [f'{u["experiment"]} & {u["runs"]:,} & {u["hours"]:.1f} & {u["devices"]} ' + r'\\' for u in used]
-    return '\n'.join([r'\begin{tabular}{lrrl}', r'\toprule', r'experiment & runs & hours & \\', r'\midrule', *lines, r'\midrule', f'all & {total[0]:,} & {total[1]:.1f} & ' + r'\\', r'\bottomrule', r'\end{tabular}']) + '\n'
+    return '\n'.join([r'\begin{tabular}{lrrl}', r'\toprule', r'experiment & runs & hours & runs by device \\', r'\midrule', *lines, r'\midrule', f'all & {total[0]:,} & {total[1]:.1f} & ' + r'\\', r'\bottomrule', r'\end{tabular}']) + '\n'
 
 # %% ../nbs/86_inventory.ipynb #37696318
 def _value(v):
@@ -161,21 +161,21 @@ def settings_latex(
     root:Path, # the project's
     profile='paper',
 )->str:
-    "All settings of a profile as LaTeX, a paragraph an experiment, then what differs under profiles that it is compared with, where they have runs"
+    "All settings of a profile as LaTeX, a head an experiment and a line a setting, then what differs under profiles that it is compared with, where they have runs"
     from dataclasses import fields
-    def own(s, names): return ', '.join(f'\\texttt{{{n}}} {_value(getattr(s, n))}' for n in names).replace('_', '\\_\\allowbreak{}')
+    def block(title, s, names): return '\n'.join([f'\\settingsof{{{title}}}', *(f'\\setting{{{n}}}{{{_value(getattr(s, n))}}}'.replace('_', '\\_') for n in names)])
     every = [f.name for f in fields(Profile) if f.name != 'profile']
     shared = load_settings('streaming', profile, root/'settings.ini')
-    lines = ['\\paragraph{All.} ' + own(shared, [n for n in every if not n.startswith('jobs')]) + '.']
+    lines = [block('All', shared, [n for n in every if not n.startswith('jobs')])]
     for e in (e for e in CATALOGUE.values() if e.reported):
         s = load_settings(e.settings, profile, root/'settings.ini')
         names = [f.name for f in fields(s) if f.name not in every + ['profile'] or getattr(s, f.name) != getattr(shared, f.name)]
-        lines.append(f'\\paragraph{{{title_and_question(e, root)[0]}.}} {own(s, [n for n in names if not n.startswith("jobs")])}.')
+        lines.append(block(title_and_question(e, root)[0], s, [n for n in names if not n.startswith('jobs')]))
     for other in (x for x in load_settings('two_models', profile, root/'settings.ini').profiles if x != profile):
         for e in (e for e in CATALOGUE.values() if record_files(root/'runs'/e.settings/other)):
             s, t = (load_settings(e.settings, p, root/'settings.ini') for p in (other, profile))
             names = [f.name for f in fields(s) if f.name not in ('profile', 'jobs', 'jobs_gpu_gb') and getattr(s, f.name) != getattr(t, f.name)]
-            lines.append(f'\\paragraph{{{title_and_question(e, root)[0]}, profile {other}.}} {own(s, names)}; the rest as above.')
+            lines.append(block(f'{title_and_question(e, root)[0]}, profile {other}; the rest as above', s, names))
     return '\n'.join(lines) + '\n'
 
 # %% ../nbs/86_inventory.ipynb #076a108a

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SETS', 'PANELS', 'WATCHED', 'rl_row', 'rl_frame', 'rl_differences', 'enough_seconds', 'rl_curves',
            'start_success', 'rl_figure', 'rl_chart', 'training_log', 'model_ranking', 'rl_table', 'rl_latex',
-           'rl_search_latex', 'rl_numbers', 'write_rl']
+           'rl_search_latex', 'rate_ratios', 'rl_numbers', 'write_rl']
 
 # %% ../nbs/73_rl_report.ipynb #578afdf2
 import numpy as np, pandas as pd
@@ -65,7 +65,7 @@ def enough_seconds(
     return {m: bool(mean['more'] >= mean[m]) for m in frame.method.unique() if m not in ('start', *SUPERVISED)}
 
 # %% ../nbs/73_rl_report.ipynb #c28add4e
-PANELS = dict(name='right tools', values='right values', failed='cannot be read or run (less is better)')
+PANELS = dict(name='right tools', values='right values', failed='cannot be read or run')
 
 def rl_curves(
     records,
@@ -96,18 +96,14 @@ def rl_figure(
     "Success, and the parts of the reward, in percent of held-out plans against seconds"
     import matplotlib.pyplot as plt
     with paper_style():
-        fig = plt.figure(figsize=(6.85, 3.5))
-        grid = fig.add_gridspec(3, 2, width_ratios=(3, 2))
-        large = fig.add_subplot(grid[:, 0])
+        fig, (large, *small) = plt.subplots(1, 1 + len(PANELS), figsize=(6.85, 2.3), width_ratios=(2, *[1]*len(PANELS)))
         look = METHODS['start']
         large.axhline(100*start, color=look.colour, ls=look.line, lw=0.7, label=look.label)
         _draw(large, curves, 'state')
         large.set(title=f'(a) plans that succeed, {n} held-out queries', xlabel='GPU-seconds', ylabel=f'% of {n} plans', xlim=(0, None))
-        for k, (field, title) in enumerate(PANELS.items()):
-            ax = fig.add_subplot(grid[k, 1])
+        for ax, letter, (field, title) in zip(small, 'bcd', PANELS.items()):
             _draw(ax, curves, field)
-            ax.set(title=f'({"bcd"[k]}) {title}', ylabel='%', xlim=(0, None))
-        ax.set_xlabel('GPU-seconds')
+            ax.set(title=f'({letter}) {title}', xlabel='GPU-seconds', xlim=(0, None))
         fig.legend(*large.get_legend_handles_labels(), loc='outside upper center', ncols=4)
     return fig
 
@@ -187,6 +183,14 @@ def rl_search_latex(
     return to_latex(pd.DataFrame(rows).set_index(0), [r'& rate & knob & plans & calls \\'], note)
 
 # %% ../nbs/73_rl_report.ipynb #8c90638b
+def rate_ratios(
+    records,
+)->list: # from the least to the largest
+    "How many times the rate of each method that follows rewards or preferences goes into that of each method that imitates"
+    rates = {r['spec']['method']: r['spec']['lr'] for r in records if r['spec']['method'] != 'start'}
+    imitating = {m: lr for m, lr in rates.items() if m in (*SUPERVISED, 'best')}
+    return sorted(a/b for a in imitating.values() for m, b in rates.items() if m not in imitating)
+
 def rl_numbers(
     records, frame:pd.DataFrame, found:pd.DataFrame, timing:pd.DataFrame, # as from the functions above
     s:Reinforcement,
@@ -198,6 +202,8 @@ def rl_numbers(
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
     for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)):
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
+    ratios = rate_ratios(records)
+    out |= {'RlRateRatioLow': f'{ratios[0]:.0f}', 'RlRateRatioHigh': f'{ratios[-1]:.0f}'} if ratios else {}
     out |= {macro_name(f'rl_model_{k}'): f'{v:.0f}' if k == 'n' else percent(v) for k, v in model_ranking(records).items()}
     log = training_log(records)
     for k in ('logps/chosen', 'alike', 'entropy', 'kl'):
