@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Asset', 'registry', 'AssetError', 'AssetMissing', 'cache_dir', 'places', 'sha256', 'verified', 'fetch',
-           'model_digest']
+           'converted', 'model_digest']
 
 # %% ../nbs/02_assets.ipynb #ab77e127
 import csv, hashlib, logging, os, shutil, subprocess, sys, tempfile, zipfile, zlib
@@ -127,6 +127,12 @@ def fetch(
 
 # %% ../nbs/02_assets.ipynb #461b0fcf
 MODELS = {'smollm2-135m-instruct': 'smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf', 'gemma3-270m': 'gemma3-270m/gemma-3-270m-q4_k_m.gguf'}
+
+def converted(
+    model:str, # a name in `MODELS`
+)->Path: # a folder, there or not
+    "Where a model's weights are kept once they are as transformers loads them"
+    return cache_dir()/'models'/f'{model}-{registry()[MODELS[model]].sha256[:12]}'
 
 def model_digest(
     model:str, # a name in `MODELS`, a folder, or `<hub id>@<revision>`

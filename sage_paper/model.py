@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from tqdm import TqdmWarning
-from .assets import MODELS, cache_dir, fetch, registry
+from .assets import MODELS, converted, fetch
 from .calls import Sample, Tool, ToolCall, format_calls, name_end, tool_document
 from .capture import Captured, graph_memory
 from .pieces import Logits, PieceLoss, whole
@@ -62,11 +62,10 @@ def weights_dir(
     "Where the weights are, fetched and converted on first use; raises `AssetError`"
     if model not in MODELS: return model
     from filelock import FileLock
-    asset = registry()[MODELS[model]]
-    dest = cache_dir()/'models'/f'{model}-{asset.sha256[:12]}'
+    dest = converted(model)
     dest.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{dest}.lock'):
-        if not dest.is_dir(): _convert(fetch(asset), dest)
+        if not dest.is_dir(): _convert(fetch(MODELS[model]), dest)
     return str(dest)
 
 # %% ../nbs/20_model.ipynb #4c9a5ace

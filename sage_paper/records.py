@@ -269,8 +269,10 @@ def sweep(
     if todo: check_folder(folder); find_tracker()
     if engine_name() == 'ray': made = _on_cluster(run, experiment, version, todo, folder, jobs)
     else: made = _here(run, experiment, version, todo, folder, jobs_that_fit(jobs if todo else 1, memory), visible_gpus() if todo and jobs > 1 and memory else ())
-    failed = [f'{key}: {said}' for key, said in tqdm(made, total=len(todo), desc=experiment, disable=None) if said]
-    if failed: raise RecordError(f'{len(failed)} of {len(specs)} runs failed:\n' + '\n'.join(failed))
+    failed = {}   # what went wrong → keys; many runs may fail for one reason
+    for key, said in tqdm(made, total=len(todo), desc=experiment, disable=None):
+        if said: failed.setdefault(said, []).append(key)
+    if failed: raise RecordError(f'{sum(map(len, failed.values()))} of {len(specs)} runs failed:\n' + '\n'.join(f'{", ".join(keys)}: {said}' for said, keys in failed.items()))
     return [run_or_load(run, experiment, version, s, folder) for s in specs]
 
 # %% ../nbs/60_records.ipynb #57bb7f7c

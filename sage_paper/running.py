@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'first_seeds', 'Plan', 'make_plan', 'lend', 'alive', 'stop', 'cells_done', 'follow', 'RunFailed',
-           'Interrupted', 'Finished', 'complaint', 'interruptible', 'run_plan']
+           'Interrupted', 'Finished', 'complaint', 'interruptible', 'need_model', 'run_plan']
 
 # %% ../nbs/88_running.ipynb #1bf11ebf
 import contextlib, itertools, json, os, shlex, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from .assets import MODELS, converted, fetch
 from .config import Profile, SettingsError, load_settings, read_changes
 from .engines import ENGINES, engine_name
 from .estimates import Took, note
@@ -190,10 +191,19 @@ def interruptible():
 # %% ../nbs/88_running.ipynb #6d58de9d
 ENVIRONMENT = dict(SOURCE_DATE_EPOCH='1764547200', PYTHONHASHSEED='0')   # as the Makefile has it: figures are the same bytes every time
 
+def need_model(
+    plan:Plan,
+):
+    "Raises `AssetError` now, and not in every run, where the weights that runs on this machine start from cannot be had"
+    model = plan.settings.model
+    if plan.engine != ENGINES[0] or model not in MODELS or converted(model).is_dir(): return
+    if any(run.spec.get('weights') for run in plan.missing): fetch(MODELS[model])
+
 def run_plan(
     plan:Plan,
 )->Finished:
-    "Run the notebook; raises `RunFailed` or `Interrupted`, and leaves no process behind"
+    "Run the notebook; raises `AssetError`, `RunFailed` or `Interrupted`, and leaves no process behind"
+    need_model(plan)
     lend(plan)
     plan.output.parent.mkdir(parents=True, exist_ok=True)
     plan.output.unlink(missing_ok=True)

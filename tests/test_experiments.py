@@ -4,6 +4,7 @@ import fcntl, importlib, json, os, pty, re, select, shutil, signal, struct, subp
 import nbformat, psutil, pytest
 
 from conftest import ROOT
+from sage_paper.assets import converted
 from sage_paper.calls import Sample, ToolCall
 from sage_paper.cli import main
 from sage_paper.config import EXPERIMENTS, load_settings
@@ -81,6 +82,7 @@ def project(tmp_path, monkeypatch):
     shutil.copy(ROOT/'settings.ini', tmp_path)
     monkeypatch.setenv('SAGE_ROOT', str(tmp_path))
     monkeypatch.setenv('SAGE_CACHE_DIR', str(tmp_path/'cache'))
+    converted('smollm2-135m-instruct').mkdir(parents=True)   # as if the model were there
     notebook(tmp_path, SETTINGS, RUNS, WRITE)
     return tmp_path
 
@@ -203,6 +205,13 @@ def test_what_is_remembered_is_forgotten_with_the_settings(project):
 def test_what_is_not_known_ends_with_2(project, argv, said):
     out = sage(*argv)
     assert out.returncode == 2 and said in out.stderr and 'Traceback' not in out.stderr and not made(project)
+
+
+def test_a_model_that_cannot_be_had_is_said_once_and_before_any_work(project):
+    converted('smollm2-135m-instruct').rmdir()
+    out = sage('--experiment', 'streaming_comparison', '--yes', SAGE_DATA_DIR='', PIP_NO_INDEX='1')
+    assert out.returncode == 2 and out.stderr.count('What to do: try again with a network') == 1 and 'Traceback' not in out.stderr, out
+    assert not made(project) and not (project/'build').exists() and not (project/'runs').exists()
 
 
 def test_the_exit_codes_are_in_the_help(): assert re.search(r'exit codes: 0 .*1 .*2 .*130', ' '.join(sage('--help').stdout.split()))

@@ -64,6 +64,13 @@ def fails(spec):
     return {}
 
 
+def test_what_makes_many_runs_fail_is_said_once(tmp_path):
+    bad = [SPEC | dict(seed=k) for k in (1, 2, 3)]
+    with pytest.raises(RecordError) as e: sweep(fails, 'demo', 1, [SPEC, *bad], tmp_path)
+    said = str(e.value)
+    assert said.startswith('3 of 4 runs failed') and said.count('the loss is nan') == 1 and all(record_key('demo', 1, x) in said for x in bad)
+
+
 def test_a_failed_run_is_recorded_and_raised(tmp_path):
     bad = SPEC | dict(seed=1)
     key = record_key('demo', 1, bad)
