@@ -1,7 +1,8 @@
 "Report: figures, tables and rates are those of the committed records, and no table hides what is missing"
 import json, re, shutil
+from pathlib import Path
 
-import pytest
+import nbformat, pytest
 
 from conftest import ROOT
 from sage_paper.config import load_settings
@@ -153,3 +154,43 @@ def test_the_readme_says_what_the_paper_says():
 def test_what_was_timed_is_what_the_settings_ask_for():
     s = load_settings('efficiency', 'paper', ROOT/'settings.ini')
     check_efficiency(committed('efficiency'), s)
+
+
+def floats():
+    "The paper's figures and tables in the order of its text: ('Figure' or 'Table', number) → files that it takes in, and whether it stands in the main text"
+    sections = re.findall(r'\\input\{sections/(\w+)\}', (ROOT/'paper/main.tex').read_text())
+    found, count = {}, dict(Figure=0, Table=0)
+    for name in sections:
+        for kind, body in re.findall(r'\\begin\{(figure|table)\*?\}(.*?)\\end\{\1\*?\}', (ROOT/f'paper/sections/{name}.tex').read_text(), re.S):
+            count[kind.title()] += 1
+            files = [Path(f).name for f in re.findall(r'\\(?:includegraphics|input)\{([^}]+)\}', body)]
+            found[kind.title(), count[kind.title()]] = [f if '.' in f else f'{f}.tex' for f in files], name != 'appendix'
+    return found
+
+
+def numbered(text):
+    "('Figure' or 'Table', number) of all that a text names: 'Figure 2, Tables 3 and 5 to 7'"
+    found = set()
+    for kind, which in re.findall(r'\b(Figure|Table)s? (\d+(?:(?:, | and | to )\d+)*)', text):
+        for first, last in re.findall(r'(\d+)(?: to (\d+))?', which): found |= {(kind, n) for n in range(int(first), int(last or first) + 1)}
+    return found
+
+
+def test_numbers_of_figures_and_tables_are_read():
+    assert numbered('Figure 4, Tables 5 and 7 to 9') == {('Figure', 4), ('Table', 5), ('Table', 7), ('Table', 8), ('Table', 9)}
+
+
+def test_the_readme_names_the_figures_and_tables_of_each_claim():
+    made_by = {f: line['notebook'] for kind in ('figures', 'tables') for f, line in json.loads((ROOT/kind/'manifest.json').read_text()).items()}
+    rows = [line for line in (ROOT/'README.md').read_text().splitlines() if line.startswith('| ') and '](nbs/exp_' in line]
+    assert len(rows) == 8
+    for row in rows:
+        notebook = re.search(r'\]\(nbs/(exp_\w+)\.ipynb\)', row)[1]
+        of_it = {key: main for key, (files, main) in floats().items() if any(made_by.get(f) == notebook for f in files)}
+        named = numbered(row.split('|')[2])
+        assert {key for key, main in of_it.items() if main} <= named <= set(of_it), (notebook, sorted(of_it))
+
+
+def test_no_notebook_numbers_figures_or_tables():
+    "They move; what a notebook makes is named"
+    assert [p.name for p in (ROOT/'nbs').glob('*.ipynb') if numbered(''.join(c.source for c in nbformat.read(p, 4).cells))] == []
