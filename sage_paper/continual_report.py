@@ -240,7 +240,8 @@ def continual_latex(
     note = (f'{STREAMS[stream]}: percent of held-out queries with the right tool after {s.n_new[at]:,} new tools in {s.rounds[at]} rounds, on the {s.n_old[at]:,} old tools, on the new ones, and their mean; points lost on the old ones; '
             f'accuracy on a round\'s tools right after it; mean over all moments and tasks so far; operations, of which two seeds differ by at most {spread:.2f} PFLOP; and by how many points the mean of SAGE is ahead, with the paired 95\\% interval over tools and seeds and a star where $p<0.05$ after Holm\'s correction. '
             f'Memory of {s.buffer_size:,} samples. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, orders {", ".join(s.orders)} of the new tools in turn; {made_with(s.profile)}.')
-    return to_latex(table, None, note)
+    begin = [[x for x in table.index if x in names][:1] for names in (list(PARTS.values()), [STRATEGIES[b].label for b in BOUNDS])]   # SAGE without a part; bounds
+    return to_latex(table, None, note, sum(begin, []))
 
 # %% ../nbs/71_continual_report.ipynb #fd54243b
 def side_effects(

@@ -138,6 +138,7 @@ def draw_curves(
 ):
     "Mean learning curves with their intervals"
     (label, unit), percent = AXES[x], 1 if y == 'nll' else 100
+    if x in ('tokens', 'samples') and frame[x].max() < unit/10: label, unit = label.split(' (')[0], 1   # a small run
     for method, xs, mean, half in mean_curves(frame, x, y):
         look = LOOKS[method]
         ax.plot(xs/unit, percent*mean, color=look.colour, ls=look.line, label=look.label)
@@ -254,11 +255,14 @@ def to_latex(
     table:pd.DataFrame, # of LaTeX cells
     heads:list,  # LaTeX lines above the rows, each ending in `\\`; None: one of the columns' names
     note:str,    # what, how many, which profile
+    groups=(),   # rows, by name, above which there is a little space
 )->str:
     "A booktabs tabular with a line of notes below it"
     if heads is None: heads = ['& ' + ' & '.join(table.columns) + r' \\']
     lines = table.style.to_latex(hrules=True).splitlines()
-    return in_booktabs([*heads, *lines[lines.index('\\midrule'):lines.index('\\bottomrule')]], len(table.columns), note)
+    first, *rows = lines[lines.index('\\midrule'):lines.index('\\bottomrule')]
+    spaced = [line for name, row in zip(table.index, rows) for line in [r'\addlinespace']*(name in groups) + [row]]
+    return in_booktabs([*heads, first, *spaced], len(table.columns), note)
 
 # %% ../nbs/61_report.ipynb #8b0a2516
 _DIGITS = str.maketrans(dict(zip('0123456789', 'Zero One Two Three Four Five Six Seven Eight Nine'.split())))

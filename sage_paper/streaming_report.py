@@ -121,7 +121,8 @@ def streaming_latex(
     "The table as LaTeX, its note included"
     controls = ' Below the first four, controls: each differs from one of them in one thing, and is left out of the comparison for bold.'*bool(s.controls)
     return to_latex(streaming_table(records), STREAMING_HEADS,
-        f'{over_seeds(s)}. Right tool to F1: percent of held-out queries. A raised $k/n$: reached in $k$ of $n$ runs only; a dash: in none. Bold: best, and its interval overlaps with no other.{controls}')
+        f'{over_seeds(s)}. Right tool to F1: percent of held-out queries. A raised $k/n$: reached in $k$ of $n$ runs only; a dash: in none. Bold: best, and its interval overlaps with no other.{controls}',
+        [LOOKS[m].label for m in s.controls[:1]])
 
 CAVEAT = ('These are runs of the search for learning rates, the best of each method, and not yet runs on tools and seeds of their own: '
           'each method is a little flattered, and nothing is known about the spread over seeds. ')
