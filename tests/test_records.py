@@ -132,7 +132,7 @@ def test_the_key_depends_on_every_value(spec, data):
     assert len({*keys, record_key('demo', 2, spec), record_key('demo2', 1, spec)}) == 6
 
 
-NOT_OF_A_RUN = {'profile', 'seeds', 'tuning_seeds', 'jobs', 'jobs_gpu_gb', 'lr_grid', 'lr_batch_full', 'lr_batch_50pct', 'lr_streaming_full', 'lr_streaming_coreset'}
+NOT_OF_A_RUN = {'controls', 'profile', 'seeds', 'tuning_seeds', 'jobs', 'jobs_gpu_gb', 'lr_grid', 'lr_batch_full', 'lr_batch_50pct', 'lr_streaming_full', 'lr_streaming_coreset'}
 OF_SSIS = {'ssis', 'scale', 'sharpness', 'priority_exponent'}   # of the one method that selects
 BASE = load_settings('streaming', 'smoke', ROOT/'settings.ini', epochs=4)
 
