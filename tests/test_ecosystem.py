@@ -162,6 +162,11 @@ def test_binder_takes_the_same_versions():
     assert (ROOT/'.binder/runtime.txt').read_text() == 'python-3.11\n'
 
 
+def test_binder_opens_a_notebook_that_is_there():
+    opened, = re.findall(r'mybinder\.org/\S+urlpath=lab/tree/(\S+?)`', (ROOT/'README.md').read_text())
+    assert (ROOT/opened).exists()
+
+
 def test_the_readme_names_what_is_there():
     text = (ROOT/'README.md').read_text()
     links = [l for l in re.findall(r'\]\(([^)#\s]+)\)', text) if '://' not in l]
