@@ -352,7 +352,7 @@ def rival_numbers(
                 d = ahead(of('sage', size), of(n, size))
                 out[macro_name(f'continual_{stream}_memory_{size}_over_{n}')] = latex_difference(d['difference'], d['low'], d['high'])
     for stream, g in _changes(records).groupby(level='stream'):
-        of = lambda n, part: g.loc[(stream, n), part]
+        of = lambda n, part: g.xs((stream, n), level=('stream', 'strategy'))[part]
         for n in (n for n in s.buffer_strategies if n != 'sage' and {'sage', n} <= {*g.index.get_level_values('strategy')}):
             for part in ('retired before', 'changed before', 'added', 'later', 'old'):
                 out[macro_name(f'continual_{stream}_changes', *part.split(), 'over', n)] = latex_difference(*seed_difference(of('sage', part), of(n, part)))
