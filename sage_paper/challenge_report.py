@@ -314,7 +314,7 @@ def challenge_chart(
     import altair as alt
     f = frame[['regime', 'method', 'part', 'measure', 'value', 'low', 'high', 'runs', 'n']].round(4)
     base = alt.Chart(f.assign(method=[METHODS[m].label for m in f.method])).encode(y=alt.Y('method:N', sort=[m.label for m in METHODS.values()], title=None))
-    bars = base.mark_bar(color='#bbbbbb').encode(x=alt.X('value:Q', scale=alt.Scale(domain=[0, 1]), title=None), tooltip=list(f.columns))
+    bars = base.mark_bar(color='#bbbbbb').encode(x=alt.X('value:Q', scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format='%'), title=None), tooltip=list(f.columns))
     spans = base.mark_rule().encode(x='low:Q', x2='high:Q')
     pick = alt.selection_point(fields=['measure'], bind=alt.binding_select(options=list(dict.fromkeys(f.measure)), name='measure '), value=f.measure.iloc[0])
     return (bars + spans).properties(width=150, height=alt.Step(12)).facet(row=alt.Row('regime:N', title=None), column=alt.Column('part:N', sort=list(dict.fromkeys(f.part)), title=None)).add_params(pick).transform_filter(pick)

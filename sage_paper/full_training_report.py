@@ -188,9 +188,9 @@ def full_training_chart(
     "What is lost without each part, over all sets or on one of them, with its interval"
     import altair as alt
     f = differences[differences.family != 'rl'].round(4)
-    f = f.assign(method=f.method.map(LABELS), part=[k if k == 'mean' else f'{k.split("/")[0]}: {SETS.get(k.split("/")[1], k.split("/")[1])}' for k in f.part])
+    f = f.assign(**100*f[['difference', 'low', 'high']], method=f.method.map(LABELS), part=[k if k == 'mean' else f'{k.split("/")[0]}: {SETS.get(k.split("/")[1], k.split("/")[1])}' for k in f.part])
     base = alt.Chart(f).encode(y=alt.Y('method:N', sort=list(dict.fromkeys(f.method)), title=None))
-    points = base.mark_point(filled=True, color='#000000', size=50).encode(x=alt.X('difference:Q', title='SAGE-Agent less the variant'), tooltip=list(f.columns))
+    points = base.mark_point(filled=True, color='#000000', size=50).encode(x=alt.X('difference:Q', title='SAGE-Agent less the variant, points'), tooltip=list(f.columns))
     spans, zero = base.mark_rule().encode(x='low:Q', x2='high:Q'), alt.Chart(pd.DataFrame(dict(x=[0]))).mark_rule(strokeDash=[3, 3]).encode(x='x:Q')
     pick = alt.selection_point(fields=['part'], bind=alt.binding_select(options=list(dict.fromkeys(f.part)), name='set '), value='mean')
     return (zero + spans.transform_filter(pick) + points.add_params(pick).transform_filter(pick)).properties(width=420, height=220)

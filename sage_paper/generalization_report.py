@@ -234,7 +234,7 @@ def generalization_chart(
     import altair as alt
     f = frame.round(4).assign(method=frame.method.map(method_label), part=frame.part.map(SETS), measure=[MEASURES[k][m] for k, m in zip(frame.part, frame.measure)])
     base = alt.Chart(f).encode(y=alt.Y('method:N', sort=list(dict.fromkeys(f.method)), title=None))
-    bars = base.mark_bar(color='#bbbbbb').encode(x=alt.X('value:Q', scale=alt.Scale(domain=[0, 1]), title=None), tooltip=list(f.columns))
+    bars = base.mark_bar(color='#bbbbbb').encode(x=alt.X('value:Q', scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format='%'), title=None), tooltip=list(f.columns))
     spans = base.mark_rule().encode(x='low:Q', x2='high:Q')
     pick = alt.selection_point(fields=['part'], bind=alt.binding_select(options=list(dict.fromkeys(f.part)), name='set '), value=f.part.iloc[0])
     return (bars + spans).properties(width=220, height=200).facet(column=alt.Column('measure:N', sort=None, title=None)).add_params(pick).transform_filter(pick)
