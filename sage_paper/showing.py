@@ -31,7 +31,8 @@ def number(
     if is_missing(x): return NOTHING
     if isinstance(x, (bool, np.bool_)): return 'yes' if x else 'no'
     if not isinstance(x, numbers.Real): return str(x)
-    return f'{x:{"+" if sign else ""},.{digits}f}'.replace('-', '−')
+    text = f'{x:{"+" if sign else ""}z,.{digits}f}'   # no minus before what is rounded to 0,
+    return (text if text.strip('+0.') else text.lstrip('+')).replace('-', '−')   # and no plus
 
 # %% ../nbs/80_showing.ipynb #873e7cf4
 INTERVAL = re.compile(r'(-?\d\.\d+) \[(-?\d\.\d+), (-?\d\.\d+)\]')   # as the reports' tables have it, in shares
