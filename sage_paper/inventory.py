@@ -93,8 +93,9 @@ def use_of(
     asked:dict, # the runs that settings ask for, as from `work_out`
 )->str: # as in `Entry`
     "What the settings say of a record"
-    folder, own = path.parent.parent.name, but_for_seed(spec)
+    folder = path.parent.parent.name
     if f'{folder}/{path.stem}' in asked: return 'used'
+    own = but_for_seed(spec)
     return 'another seed' if any(same == own and k.startswith(f'{folder}/') for k, (*_, same) in asked.items()) else 'not used'
 
 def entries(
@@ -266,8 +267,9 @@ def _held(lock):
 def _superfluous(path, asked):
     "Why a record can go, if it can"
     from sage_paper.records import RecordError
+    if f'{path.parent.parent.name}/{path.stem}' in asked: return None
     try: return 'no settings ask for it' if use_of(path, read_ends(path)['spec'], asked) == 'not used' else None
-    except RecordError: return None if f'{path.parent.parent.name}/{path.stem}' in asked else 'no settings ask for it, nor can it be read'
+    except RecordError: return 'no settings ask for it, nor can it be read'
 
 def leftovers(
     folder:Path, # as from `runs_dir`

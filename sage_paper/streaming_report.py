@@ -82,15 +82,16 @@ def summaries(records)->pd.DataFrame: # a row a run
 
 # %% ../nbs/63_streaming_report.ipynb #878a9344
 PAIRS = (('streaming_full', 'batch_full'), ('streaming_coreset', 'batch_50pct'))
-CONTROL_PAIRS = (*((a, b) for a, b in CONTROLS.items()), ('streaming_whole', 'batch_full'), ('streaming_mixed', 'batch_full'), ('streaming_random', 'batch_50pct'))
+CONTROL_PAIRS = (*CONTROLS.items(), ('streaming_whole', 'batch_full'), ('streaming_mixed', 'batch_full'), ('streaming_random', 'batch_50pct'))
 
 def differences(records)->pd.DataFrame: # a row a pair
     "The paired differences in accuracy, with intervals; p-values are Holm-corrected, among the controls' and among the others"
     tool = [i.rsplit('/', 1)[0] for i in records[0]['result']['items']['id']]
     def of(method): return item_answers([r for r in records if r['spec']['method'] == method])
+    def family(pairs): return pd.DataFrame([dict(method=a, against=b, **paired_bootstrap(of(a), of(b), tool)) for a, b in pairs]).assign(p=lambda d: holm(d.p))
     there = {r['spec']['method'] for r in records}
-    def family(pairs): return pd.DataFrame(rows).assign(p=lambda d: holm(d.p)) if (rows := [dict(method=a, against=b, **paired_bootstrap(of(a), of(b), tool)) for a, b in pairs if a in there]) else pd.DataFrame()
-    return pd.concat([family(PAIRS), family(CONTROL_PAIRS)], ignore_index=True)
+    controls = [pair for pair in CONTROL_PAIRS if pair[0] in there]
+    return pd.concat([family(pairs) for pairs in (PAIRS, controls) if pairs], ignore_index=True)
 
 # %% ../nbs/63_streaming_report.ipynb #913db3b4
 COLUMNS = dict(samples=('samples', 0), accuracy=('right tool', 1), unnamed=('unnamed', 1), exact=('exact', 1), argument_f1=('arg.\\ F1', 1),
@@ -171,11 +172,11 @@ def streaming_numbers(
                StreamingLateTest=str(round(late)), StreamingNamed=percent(unbits(items['names_tool']).mean(), 0), StreamingBuffer=f'{s.buffer_size:,}',
                StreamingEpochs=str(s.epochs), StreamingBatch=str(s.batch_size), StreamingJobs=str(s.jobs), StreamingGrid=', '.join(map(latex_number, s.lr_grid)))
     for m in (*STREAMING_METHODS, *s.controls): out |= _method_numbers(m, frame[frame.method == m]) | {macro_name(m, 'rate'): latex_number(getattr(s, f'lr_{CONTROLS.get(m, m)}'))}
-    control = [(r.method, r.against) in CONTROL_PAIRS for r in diff.itertuples()]
-    for r in diff[~np.array(control)].itertuples():
-        out |= {macro_name(r.method, 'difference'): f'{100*r.difference:+.1f}', macro_name(r.method, 'low'): f'{100*r.low:+.1f}',
-                macro_name(r.method, 'high'): f'{100*r.high:+.1f}', macro_name(r.method, 'p'): latex_p(r.p)}
-    for r in diff[control].itertuples(): out |= {macro_name(r.method, 'over', r.against): latex_difference(r.difference, r.low, r.high), macro_name(r.method, 'over', r.against, 'p'): latex_p(r.p)}
+    for r in diff.itertuples():
+        if (r.method, r.against) in PAIRS:
+            out |= {macro_name(r.method, 'difference'): f'{100*r.difference:+.1f}', macro_name(r.method, 'low'): f'{100*r.low:+.1f}',
+                    macro_name(r.method, 'high'): f'{100*r.high:+.1f}', macro_name(r.method, 'p'): latex_p(r.p)}
+        else: out |= {macro_name(r.method, 'over', r.against): latex_difference(r.difference, r.low, r.high), macro_name(r.method, 'over', r.against, 'p'): latex_p(r.p)}
     return out
 
 # %% ../nbs/63_streaming_report.ipynb #0145029f
