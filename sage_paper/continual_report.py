@@ -293,17 +293,17 @@ def changes_frame(
     "What tools that change end with: accuracy on each part, mean over seeds; the parts that are no longer right come last"
     return _by_strategy(_changes(records)).mean()
 
-def _each_seed(x):
-    "The mean in percent, and after it every run"
-    return f'{100*x.mean():.1f}\\,{{\\scriptsize {", ".join(f"{100*v:.0f}" for v in x)}}}'
+def _with_range(x):
+    "The mean in percent, and after it the lowest and the highest run"
+    return f'{100*x.mean():.1f}\\,{{\\scriptsize {100*x.min():.0f}--{100*x.max():.0f}}}'
 
 CHANGES_HEADS = [r'& & \multicolumn{2}{c}{new} & \multicolumn{2}{c}{right now} & \multicolumn{2}{c}{old answer (error)} \\', r'\cmidrule(lr){3-4}\cmidrule(lr){5-6}\cmidrule(lr){7-8}',
                  r'& old & round 1 & round 2 & retired & changed & retired & changed \\']
 
 def changes_latex(records, s:Continual)->str:
-    "The changes as LaTeX, every seed shown: where they differ by half, a symmetric interval leaves what is possible"
-    table = _labelled(_by_strategy(_changes(records)).agg(_each_seed), s)
-    note = f'Percent of held-out queries answered as is right at the end, which is no call where the tool is retired; in the last two columns as was right before, which is an error. {s.n_changed} tools retired, {s.n_changed} changed. Mean, and after it each of {len(s.seeds)} seeds; {made_with(s.profile)}.'
+    "The changes as LaTeX, with the range over seeds: where they differ by half, a symmetric interval leaves what is possible"
+    table = _labelled(_by_strategy(_changes(records)).agg(_with_range), s)
+    note = f'Percent of held-out queries answered as is right at the end, which is no call where the tool is retired; in the last two columns as was right before, which is an error. {s.n_changed} tools retired, {s.n_changed} changed. Mean, and after it the lowest and the highest of {len(s.seeds)} seeds; {made_with(s.profile)}.'
     return to_latex(table, CHANGES_HEADS, note)
 
 # %% ../nbs/71_continual_report.ipynb #c9d53c38

@@ -120,7 +120,7 @@ def streaming_latex(
     records, s:Streaming,
 )->str:
     "The table as LaTeX, its note included"
-    controls = ' Below the first four, controls: each differs from one of them in one thing, and is left out of the comparison for bold.'*bool(s.controls)
+    controls = ' Below the first four, controls: each changes the memory, the order or the choice of one of them, and is left out of the comparison for bold; in mixed order, other tools come last.'*bool(s.controls)
     return to_latex(streaming_table(records), STREAMING_HEADS,
         f'{over_seeds(s)}. Right tool to F1: percent of held-out queries. A raised $k/n$: reached in $k$ of $n$ runs only; a dash: in none. Bold: best, and its interval overlaps with no other.{controls}',
         [LOOKS[m].label for m in s.controls[:1]])
