@@ -90,7 +90,7 @@ class Look:
 
 LOOKS = dict(batch_full=Look('batch, all', '#000000'), batch_50pct=Look('batch, random half', '#999999', (0, (5, 1.5))),
              streaming_full=Look('streaming, all', '#0072B2', (0, (3, 1, 1, 1))), streaming_coreset=Look('streaming, SSIS half', '#D55E00', (0, (1.2, 1))),
-             streaming_whole=Look('streaming, all remembered', '#56B4E9'), streaming_mixed=Look('streaming, mixed order', '#009E73', (0, (5, 1.5))), streaming_random=Look('streaming, random half', '#E69F00', (0, (3, 1, 1, 1))))
+             streaming_whole=Look('streaming, all remembered', '#56B4E9'), streaming_mixed=Look('streaming, mixed order', '#009E73', (0, (5, 1.5))), streaming_random=Look('streaming, random half', '#E69F00', (0, (3, 1, 1, 1))), streaming_uniform=Look('streaming, SSIS half, even replay', '#CC79A7', (0, (1.2, 1))))
 
 # %% ../nbs/61_report.ipynb #ca2f0a5a
 @contextmanager

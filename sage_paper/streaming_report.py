@@ -82,7 +82,7 @@ def summaries(records)->pd.DataFrame: # a row a run
 
 # %% ../nbs/63_streaming_report.ipynb #878a9344
 PAIRS = (('streaming_full', 'batch_full'), ('streaming_coreset', 'batch_50pct'))
-CONTROL_PAIRS = (*CONTROLS.items(), ('streaming_whole', 'batch_full'), ('streaming_mixed', 'batch_full'), ('streaming_random', 'batch_50pct'))
+CONTROL_PAIRS = (*CONTROLS.items(), ('streaming_whole', 'batch_full'), ('streaming_mixed', 'batch_full'), ('streaming_random', 'batch_50pct'), ('streaming_uniform', 'streaming_random'))
 
 def differences(records)->pd.DataFrame: # a row a pair
     "The paired differences in accuracy, with intervals; p-values are Holm-corrected, among the controls' and among the others"
