@@ -10,7 +10,7 @@ __all__ = ['THREE', 'NAMES', 'VERSIONS', 'BOUNDS', 'CLAIMS', 'TITLES', 'MEASURES
 
 # %% ../nbs/79_two_models.ipynb #7b75751c
 import numpy as np, pandas as pd
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from .config import TwoModels, find_root, load_settings
 from .continual_report import STRATEGIES, ahead, continual_frame, draw_rounds, forgetting_curves, right_answers, pick, search_latex
 from .continual_runs import CONTINUAL_VERSION, continual_spec, continual_tuning_specs
@@ -49,11 +49,11 @@ def compared_runs(
     s:TwoModels,
     settings:list, # of dict, experiment → settings, one a profile
 )->list: # of dict, experiment → descriptions of runs
-    "The runs of each profile that are compared"
+    "The runs of each profile that are compared: what all have, and no controls"
     selectors, strategies = in_all([x['coreset'].selectors for x in settings]), in_all([x['continual'].strategies for x in settings])
     def of(x):
         coreset, continual = x['coreset'], x['continual']
-        return dict(streaming=streaming_specs(x['streaming']),
+        return dict(streaming=streaming_specs(replace(x['streaming'], controls=())),
                     coreset=[coreset_spec(coreset, s.stream, name, s.fraction, seed) for seed in coreset.seeds for name in selectors],
                     continual=[continual_spec(continual, s.stream, name, seed) for seed in continual.seeds for name in strategies])
     return [of(x) for x in settings]

@@ -48,7 +48,7 @@ def test_smoke_and_paper_have_all_experiments(): assert all([p, e] in OWN for p 
 @pytest.mark.parametrize('experiment', [e for p, e in OWN if p == 'gemma'])
 def test_another_model_is_tried_as_the_papers_was(experiment):
     "All but rates, the number of seeds, and parts that are left out"
-    free = {'profile', 'model', 'seeds', 'jobs', 'jobs_gpu_gb', 'streams', 'selectors', 'fractions', 'ablations', 'strategies', 'buffers', 'buffer_strategies', 'in_depth', 'changing_strategies', 'grid', 'chosen', 'lr_grid'}
+    free = {'profile', 'model', 'seeds', 'jobs', 'jobs_gpu_gb', 'streams', 'selectors', 'fractions', 'ablations', 'strategies', 'buffers', 'buffer_strategies', 'in_depth', 'changing_strategies', 'grid', 'chosen', 'lr_grid', 'controls'}
     per_stream = {'n_old', 'n_new', 'rounds', 'train_per_tool', 'test_per_tool'}
     a, b = (dataclasses.asdict(load_settings(experiment, p, FILE)) for p in ('gemma', 'paper'))
     for k in a.keys() - free:
