@@ -54,7 +54,7 @@ def test_another_model_is_tried_as_the_papers_was(experiment):
     for k in a.keys() - free:
         if k.startswith('lr'): continue
         assert a[k] == (b[k][:1] if k in per_stream and experiment == 'continual' else b[k]), k
-    assert all({*a[k]} <= {*b[k]} for k in ('seeds', 'selectors', 'fractions', 'strategies') if k in a)
+    assert all({*a[k]} <= {*b[k]} for k in ('seeds', 'selectors', 'fractions', 'strategies', 'controls') if k in a)
 
 
 @pytest.mark.parametrize('experiment', EXPERIMENTS)
