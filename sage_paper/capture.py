@@ -6,10 +6,11 @@
 __all__ = ['graph_memory', 'Captured']
 
 # %% ../nbs/19_capture.ipynb #8565a83f
+import gc
+from contextlib import contextmanager
 from functools import cache
 import torch
 from fastcore.basics import patch
-from .ranks import launched
 
 # %% ../nbs/19_capture.ipynb #b096da0a
 @cache
@@ -17,9 +18,15 @@ def _side_stream(device):
     "Where graphs are written down, and first calls run"
     return torch.cuda.Stream(device)
 
+@contextmanager
 def _writing(graph, device, pool=None):
-    "While a graph is written down; of several ranks each has a thread that asks whether exchanges are over, which is no part of the graph"
-    return torch.cuda.graph(graph, pool, _side_stream(device), 'global' if launched() == 1 else 'thread_local')
+    "While a graph is written down: nothing is compiled, and no garbage collected"
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.compiler.set_stance('fail_on_recompile'), torch.cuda.graph(graph, pool, _side_stream(device), 'relaxed'): yield
+    finally:
+        if collects: gc.enable()
 
 def graph_memory(
     device:torch.device,
@@ -71,7 +78,11 @@ def _capture(self:Captured, key, args):
     "Write down the graph of a shape, then play it"
     held, graph = [a.to(self.device, copy=True) for a in args], torch.cuda.CUDAGraph()
     torch.cuda.synchronize(self.device)
-    with _writing(graph, self.device, self.memory.pool()): out = self.fn(*held)
+    try:
+        with _writing(graph, self.device, self.memory.pool()): out = self.fn(*held)
+    except RuntimeError as e:
+        if 'fail_on_recompile' not in str(e): raise
+        return self._aside(args)   # to be compiled anew, before it has changed anything
     self.graphs[key] = graph, held, out
     return self._replay(key, args)
 
