@@ -64,7 +64,7 @@ class Streaming(Profile):
     batch_size: int           # samples a step
     buffer_size: int          # samples the replay buffer holds
     coreset_fraction: float   # part of the stream that `streaming_coreset` keeps, and `batch_50pct` draws at random
-    controls: tuple[Literal['streaming_whole', 'streaming_mixed', 'streaming_random', 'streaming_uniform'], ...] | tuple[()] # further runs, each of which differs in one thing from one of the four
+    controls: tuple[Literal['streaming_whole', 'streaming_mixed', 'streaming_random', 'streaming_uniform'], ...] | tuple[()] # further runs, each a change of one of the four
     ssis: tuple[float, ...]   # the weights alpha, beta, gamma of uncertainty, distance, forgetting risk
     scale: Literal['rank', 'standard', 'quantile'] # what SSIS's terms are brought to one scale by
     sharpness: float          # exponent on the importance; 0 keeps at random, large keeps the top
