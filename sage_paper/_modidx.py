@@ -374,6 +374,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.operations_spread': ( 'continual_report.html#operations_spread',
                                                                                                 'sage_paper/continual_report.py'),
+                                             'sage_paper.continual_report.orders_note': ( 'continual_report.html#orders_note',
+                                                                                          'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.pick': ( 'continual_report.html#pick',
                                                                                    'sage_paper/continual_report.py'),
                                              'sage_paper.continual_report.right_answers': ( 'continual_report.html#right_answers',

@@ -203,7 +203,7 @@ class Arrivals(Profile):
     test_per_tool: tuple[int, ...]   # most held-out queries
     lr_first: tuple[float, ...]      # of learning the old tools, and of the bounds
     epochs_first: int                # passes over the old tools' queries
-    orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
+    orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools, 'date' a fixed one where they have no dates; seeds take them in turn
     in_depth: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...] | tuple[()]   # of these, where other sizes of the memory, SAGE without its parts and tools that change are run too
     n_changed: int                   # old tools that are retired, and as many that change, in pairs
     n_added: int                     # tools that come when others are retired
