@@ -65,7 +65,7 @@ def enough_seconds(
     return {m: bool(mean['more'] >= mean[m]) for m in frame.method.unique() if m not in ('start', *SUPERVISED)}
 
 # %% ../nbs/73_rl_report.ipynb #c28add4e
-PANELS = dict(name='right tools', values='right values', failed='cannot be read or run')
+PANELS = dict(name='right tools', values='right values', failed='cannot be run')
 
 def rl_curves(
     records,
