@@ -64,7 +64,7 @@ class Streaming(Profile):
     batch_size: int           # samples a step
     buffer_size: int          # samples the replay buffer holds
     coreset_fraction: float   # part of the stream that `streaming_coreset` keeps, and `batch_50pct` draws at random
-    controls: tuple[Literal['streaming_whole', 'streaming_mixed', 'streaming_random', 'streaming_uniform'], ...] | tuple[()] # further runs, each of which differs in one thing from one of the four
+    controls: tuple[Literal['streaming_whole', 'streaming_mixed', 'streaming_random', 'streaming_uniform'], ...] | tuple[()] # further runs, each a change of one of the four
     ssis: tuple[float, ...]   # the weights alpha, beta, gamma of uncertainty, distance, forgetting risk
     scale: Literal['rank', 'standard', 'quantile'] # what SSIS's terms are brought to one scale by
     sharpness: float          # exponent on the importance; 0 keeps at random, large keeps the top
@@ -203,7 +203,7 @@ class Arrivals(Profile):
     test_per_tool: tuple[int, ...]   # most held-out queries
     lr_first: tuple[float, ...]      # of learning the old tools, and of the bounds
     epochs_first: int                # passes over the old tools' queries
-    orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools; seeds take them in turn
+    orders: tuple[Literal['date', 'reverse', 'random'], ...]   # of the new tools, 'date' a fixed one where they have no dates; seeds take them in turn
     in_depth: tuple[Literal['sageworld', 'toolstream', 'metatool'], ...] | tuple[()]   # of these, where other sizes of the memory, SAGE without its parts and tools that change are run too
     n_changed: int                   # old tools that are retired, and as many that change, in pairs
     n_added: int                     # tools that come when others are retired

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'BANDED', 'CHANGES_HEADS', 'pick', 'run_row', 'continual_frame', 'bound_frame',
            'usual', 'right_answers', 'weighted_answers', 'ahead', 'continual_differences', 'round_accuracies',
-           'forgetting_curves', 'draw_rounds', 'continual_figure', 'tool_curves', 'continual_chart', 'continual_table',
-           'start_spread', 'operations_spread', 'continual_latex', 'side_effects', 'buffer_frame', 'buffer_latex',
-           'changes_frame', 'changes_latex', 'search_latex', 'seed_difference', 'rival_numbers', 'continual_numbers',
-           'write_continual']
+           'forgetting_curves', 'draw_rounds', 'continual_figure', 'tool_curves', 'continual_chart', 'orders_note',
+           'continual_table', 'start_spread', 'operations_spread', 'continual_latex', 'side_effects', 'buffer_frame',
+           'buffer_latex', 'changes_frame', 'changes_latex', 'search_latex', 'seed_difference', 'rival_numbers',
+           'continual_numbers', 'write_continual']
 
 # %% ../nbs/71_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
@@ -198,6 +198,17 @@ def continual_chart(
     name = of.transform_aggregate(n='count()', groupby=['tool', 'age']).transform_calculate(said='datum.tool + ", " + datum.age').mark_text(align='left', fontWeight='bold').encode(x=alt.value(0), y=alt.value(-10), text='said:N')
     return points | (lines + name).properties(width=320, height=260)
 
+# %% ../nbs/71_continual_report.ipynb #c83e5a17
+def orders_note(
+    stream:str, s:Continual,
+)->str:
+    "In which orders the new tools come, and with which seeds"
+    dated = stream == 'toolstream'
+    said = dict(date='by date' if dated else 'in a fixed order', reverse='in reverse' if dated else 'in its reverse', random='at random')
+    seeds = {o: [str(x) for x in s.seeds if s.orders[x % len(s.orders)] == o] for o in s.orders}
+    *more, last = [f'{said[o]} (seed{"s"*(len(x) > 1)} {", ".join(x)})' for o, x in seeds.items() if x]
+    return f'The new tools{", which have no dates,"*(not dated)} come ' + ', '.join(more) + ' or '*bool(more) + last
+
 # %% ../nbs/71_continual_report.ipynb #b27ff9f5
 def continual_table(
     frame:pd.DataFrame, bounds:pd.DataFrame, found:pd.DataFrame, # as from the functions above
@@ -239,7 +250,7 @@ def continual_latex(
     at = s.streams.index(stream)
     note = (f'{STREAMS[stream]}: percent of held-out queries with the right tool after {s.n_new[at]:,} new tools in {s.rounds[at]} rounds, on the {s.n_old[at]:,} old tools, on the new ones, and their mean; points lost on the old ones; '
             f'accuracy on a round\'s tools right after it; mean over all moments and tasks so far; operations, of which two seeds differ by at most {spread:.2f} PFLOP; and by how many points the mean of SAGE is ahead, with the paired 95\\% interval over tools and seeds and a star where $p<0.05$ after Holm\'s correction. '
-            f'Memory of {s.buffer_size:,} samples. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds, orders {", ".join(s.orders)} of the new tools in turn; {made_with(s.profile)}.')
+            f'Memory of {s.buffer_size:,} samples. {orders_note(stream, s)}. Mean $\\pm$ 95\\% interval over {len(s.seeds)} seeds; {made_with(s.profile)}.')
     begin = [[x for x in table.index if x in names][:1] for names in (list(PARTS.values()), [STRATEGIES[b].label for b in BOUNDS])]   # SAGE without a part; bounds
     return to_latex(table, None, note, sum(begin, []))
 
@@ -319,9 +330,9 @@ def search_latex(
         numbers = [f'{100*x:.1f}' for x in (*two, np.mean(two))]
         rows.append([STRATEGIES[name].label, latex_number(lr), '---' if knob is None else f'{knob:g}' if knob < 100 else latex_number(knob), *numbers[:2], f'\\textbf{{{numbers[2]}}}' if best[name] == (lr, knob) else numbers[2]])
     table = pd.DataFrame(rows).set_index(0)
-    n = len({r['spec']['seed'] for r in tuning})
+    n, rest = len({r['spec']['seed'] for r in tuning}), [STRATEGIES[x].label for x in STRATEGIES if x in best and x not in s.strategies]
     note = (f'{STREAMS[s.streams[0]]}, tools of the tuning split, {n} seed{"s"*(n > 1)}, {made_with(s.profile)}: percent of held-out queries with the right tool at the end. Strength: EWC\'s $\\lambda$, the part of a step that replay and SuRe draw from memory, '
-            'the weight of DER++\'s logits, the part $\\tau$ of its way that SAGE keeps. Bold: what was taken.')
+            'the weight of DER++\'s logits, the part $\\tau$ of its way that SAGE keeps. Bold: what was taken.' + ''.join(f' No other result is reported of \\emph{{{x}}}.' for x in rest))
     return to_latex(table, [r'& rate & strength & old & new & mean \\'], note)
 
 # %% ../nbs/71_continual_report.ipynb #8785fab0

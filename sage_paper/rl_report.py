@@ -65,7 +65,7 @@ def enough_seconds(
     return {m: bool(mean['more'] >= mean[m]) for m in frame.method.unique() if m not in ('start', *SUPERVISED)}
 
 # %% ../nbs/73_rl_report.ipynb #c28add4e
-PANELS = dict(name='right tools', values='right values', failed='cannot be read or run')
+PANELS = dict(name='right tools', values='right values', failed='cannot be run')
 
 def rl_curves(
     records,
@@ -200,6 +200,8 @@ def rl_numbers(
     for method, f in frame.groupby('method', sort=False):
         start = macro_name(f'rl_{method}')
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
+    most = frame.groupby('method')[[k for k in frame if k in SETS and not k.endswith('_kept')]].mean().max()   # of other tools, by the best method
+    out |= {macro_name('rl', *k.split('-'), 'most'): percent(v) for k, v in most.items()}
     for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)):
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
     ratios = rate_ratios(records)

@@ -17,7 +17,7 @@ from .records import best_rates, bits, experiment_records, run_settings
 # %% ../nbs/62_streaming_runs.ipynb #2097bd18
 STREAMING_METHODS = ('batch_full', 'batch_50pct', 'streaming_full', 'streaming_coreset')
 STREAMING_VERSION = 1   # raise by hand when the meaning of a run changes
-CONTROLS = dict(streaming_whole='streaming_full', streaming_mixed='streaming_full', streaming_random='streaming_coreset', streaming_uniform='streaming_coreset')   # each differs in one thing from
+CONTROLS = dict(streaming_whole='streaming_full', streaming_mixed='streaming_full', streaming_random='streaming_coreset', streaming_uniform='streaming_coreset')   # what each of them changes
 BY_SSIS = ('streaming_coreset', 'streaming_uniform')
 
 # %% ../nbs/62_streaming_runs.ipynb #3440add3
