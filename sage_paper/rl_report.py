@@ -202,7 +202,9 @@ def rl_numbers(
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
     most = frame.groupby('method')[[k for k in frame if k in SETS and not k.endswith('_kept')]].mean().max()   # of other tools, by the best method
     out |= {macro_name('rl', *k.split('-'), 'most'): percent(v) for k, v in most.items()}
-    for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)):
+    tables = [('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)]
+    if all('bfcl' in r['result']['end'] for r in records): tables.append(('bfcl_over', rl_differences(records, 'start', 'bfcl', 'right')))
+    for name, table in tables:
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
     ratios = rate_ratios(records)
     out |= {'RlRateRatioLow': f'{ratios[0]:.0f}', 'RlRateRatioHigh': f'{ratios[-1]:.0f}'} if ratios else {}

@@ -183,7 +183,7 @@ def streaming_numbers(
     "All numbers that the paper's sentences on this experiment use"
     frame, diff = summaries(records), differences(records)
     items = records[0]['result']['items']
-    late = np.mean([unbits(r['result']['items']['late']).sum() for r in records])
+    late = np.mean([unbits(r['result']['items']['late']).sum() for r in records if r['spec']['method'] in STREAMING_METHODS])
     out = dict(StreamingSeeds=str(len(s.seeds)), StreamingPlural='s'*(len(s.seeds) > 1), StreamingRuns=over_seeds(s), StreamingCaveat=CAVEAT*(s.split == 'tuning'),
                StreamingTools=f'{s.n_tools:,}', StreamingTrain=f'{records[0]["result"]["n_train"]:,}', StreamingTest=f'{len(items["id"]):,}',
                StreamingLateTest=str(round(late)), StreamingNamed=percent(unbits(items['names_tool']).mean(), 0), StreamingBuffer=f'{s.buffer_size:,}',

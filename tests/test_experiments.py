@@ -47,10 +47,11 @@ def test_the_readme_counts_the_runs_that_the_notebooks_ask_for():
     rows = {re.search(r'\[(exp_\w+)\]', l)[1]: l.split('|')[-2] for l in text.splitlines() if l.startswith('| ') and '[exp_' in l}
     assert {*rows} == {*needed} and {k: int(re.search(r'(\d+) runs anew', l)[1]) for k, l in rows.items()} == {k: len(v) for k, v in needed.items()}
     assert {k: int(m[1]) for k, l in rows.items() if (m := re.search(r'(\d+) of them to choose rates', l))} == {k: n for k, v in needed.items() if (n := sum('_tuning/' in r for r in v))}
-    counted = [*map(int, re.search(r'\*\*Which runs are counted.*?(\d+) in all.*?is, (\d+): (\d+) more.*?shows, (\d+) of.*? and (\d+) of the second', text).groups())]
+    number = lambda x: int(x.replace(',', ''))
+    counted = [*map(number, re.search(r'\*\*Which runs are counted.*?(\d+) in all.*?is, ([\d,]+): (\d+) more.*?shows, (\d+) of.*? and (\d+) of the second', text).groups())]
     kept = {f'{f}/{p.stem}' for e in CATALOGUE.values() for f in e.folders for p in record_files(ROOT/'runs'/f/'paper')} - {k for v in needed.values() for k in v}
     second, searched = (len([p for e in CATALOGUE.values() for f in e.folders for p in record_files(ROOT/'runs'/f/'gemma')]), sum('_tuning/' in k for k in kept))
-    whole = int(re.search(r'^all & (\d+)', (ROOT/'tables/compute.tex').read_text(), re.M)[1])
+    whole = number(re.search(r'^all & ([\d,]+)', (ROOT/'tables/compute.tex').read_text(), re.M)[1])
     assert counted == [sum(map(len, needed.values())), whole, searched, len(kept) - searched, second] and sum(counted[2:]) + counted[0] == whole
 
 

@@ -237,7 +237,7 @@ def test_the_index_runs_from_the_records_alone(tmp_path):
     nb = nbformat.read(INDEX, 4)
     code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
     env = dict(PYTHONPATH=str(ROOT), MPLBACKEND='agg', SAGE_ROOT=str(ROOT), SAGE_CACHE_DIR=str(tmp_path/'cache'), HOME=str(tmp_path), PATH='')
-    code = f'import sys\n{code}\nassert "torch" not in sys.modules and len(records) == 35'
+    code = f'import sys\n{code}\nassert "torch" not in sys.modules and len(records) == 40'
     out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     printed = ''.join(o.text for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream')
