@@ -175,7 +175,7 @@ SMALL = r'\fontsize{6}{7}\selectfont'   # thirteen columns on a page
 def _behind(s):
     "How many runs stand behind a row, in words"
     if not any(METHODS[m].learn for m in s.methods): return 'one run of each method'
-    return f'{len(s.seeds)} seeds of what is trained, one run of the others, which learn nothing'
+    return f'{len(s.seeds)} seeds of what is trained, one run of the others, which have no seed'
 
 def _in_words(s): return dict(closed='closed book', candidates=f'{s.n_candidates} candidates in the prompt')
 

@@ -206,6 +206,8 @@ def rl_numbers(
     if all('bfcl' in r['result']['end'] for r in records): tables.append(('bfcl_over', rl_differences(records, 'start', 'bfcl', 'right')))
     for name, table in tables:
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
+    began = {(r['spec']['seed'], r['spec']['method']): 100*r['result']['points'][0]['state'] for r in records}
+    out['RlStartSpread'] = f'{max(abs(v - began[seed, "start"]) for (seed, _), v in began.items()):.1f}'
     ratios = rate_ratios(records)
     out |= {'RlRateRatioLow': f'{ratios[0]:.0f}', 'RlRateRatioHigh': f'{ratios[-1]:.0f}'} if ratios else {}
     out |= {macro_name(f'rl_model_{k}'): f'{v:.0f}' if k == 'n' else percent(v) for k, v in model_ranking(records).items()}
