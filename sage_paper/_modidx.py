@@ -451,6 +451,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sage_paper/continual_runs.py'),
                                            'sage_paper.continual_runs.old_new': ( 'continual_runs.html#old_new',
                                                                                   'sage_paper/continual_runs.py'),
+                                           'sage_paper.continual_runs.order_of': ( 'continual_runs.html#order_of',
+                                                                                   'sage_paper/continual_runs.py'),
                                            'sage_paper.continual_runs.plain_text': ( 'continual_runs.html#plain_text',
                                                                                      'sage_paper/continual_runs.py'),
                                            'sage_paper.continual_runs.read_choice': ( 'continual_runs.html#read_choice',

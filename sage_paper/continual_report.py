@@ -13,7 +13,7 @@ __all__ = ['STRATEGIES', 'STREAMS', 'PARTS', 'BANDED', 'CHANGES_HEADS', 'pick', 
 # %% ../nbs/71_continual_report.ipynb #89a2f099
 import numpy as np, pandas as pd
 from .config import Continual, load_settings
-from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_choices, continual_specs, old_and_later, old_new
+from .continual_runs import BOUNDS, accuracy_matrix, asked, continual_choices, continual_specs, old_and_later, old_new, order_of
 from .forgetting import LEVELS, lost_by_level, matrix_numbers
 from .records import unbits
 from .report import (Artefacts, Look, cell, check_runs, latex_difference, latex_number, look_scales, macro_name, macros, made_with,
@@ -205,7 +205,7 @@ def orders_note(
     "In which orders the new tools come, and with which seeds"
     dated = stream == 'toolstream'
     said = dict(date='by date' if dated else 'in a fixed order', reverse='in reverse' if dated else 'in its reverse', random='at random')
-    seeds = {o: [str(x) for x in s.seeds if s.orders[x % len(s.orders)] == o] for o in s.orders}
+    seeds = {o: [str(x) for x in s.seeds if order_of(x, s) == o] for o in s.orders}
     *more, last = [f'{said[o]} (seed{"s"*(len(x) > 1)} {", ".join(x)})' for o, x in seeds.items() if x]
     return f'The new tools{", which have no dates,"*(not dated)} come ' + ', '.join(more) + ' or '*bool(more) + last
 

@@ -200,11 +200,10 @@ def rl_numbers(
     for method, f in frame.groupby('method', sort=False):
         start = macro_name(f'rl_{method}')
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
-    most = frame.groupby('method')[[k for k in frame if k in SETS and not k.endswith('_kept')]].mean().max()   # of other tools, by the best method
-    out |= {macro_name('rl', *k.split('-'), 'most'): percent(v) for k, v in most.items()}
-    tables = [('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing)]
-    if all('bfcl' in r['result']['end'] for r in records): tables.append(('bfcl_over', rl_differences(records, 'start', 'bfcl', 'right')))
-    for name, table in tables:
+    others = [k for k in frame if k in SETS and not k.endswith('_kept')]   # sets of other tools
+    out |= {macro_name('rl', *k.split('-'), 'most'): percent(v) for k, v in frame.groupby('method')[others].mean().max().items()}
+    over_start = [(f'{k.replace("-", "_")}_over', rl_differences(records, 'start', k, 'right')) for k in others]
+    for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing), *over_start):
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
     began = {(r['spec']['seed'], r['spec']['method']): 100*r['result']['points'][0]['state'] for r in records}
     out['RlStartSpread'] = f'{max(abs(v - began[seed, "start"]) for (seed, _), v in began.items()):.1f}'
