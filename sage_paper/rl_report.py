@@ -202,7 +202,7 @@ def rl_numbers(
         out |= {start + macro_name(*k.split('-')): percent(f[k].mean()) for k in f if k in ('plans', 'calls', 'timing', *SETS)} | {start + 'Seconds': f'{f.seconds.mean():.0f}'}
     others = [k for k in frame if k in SETS and not k.endswith('_kept')]   # sets of other tools
     out |= {macro_name('rl', *k.split('-'), 'most'): percent(v) for k, v in frame.groupby('method')[others].mean().max().items()}
-    over_start = [(f'{k.replace("-", "_")}_over', rl_differences(records, 'start', k, 'right')) for k in others]
+    over_start = [(f'{k.replace("-", "_")}_over', rl_differences(records, 'start', k, 'right')) for k in others if len(records[0]['result']['end'][k]['id']) > 1]   # one query has no interval
     for name, table in (('over', found), ('over', rl_differences(records, 'start')), ('timing_over', timing), *over_start):
         for d in table.itertuples(): out[macro_name(f'rl_{d.method}_{name}_{d.against}')] = latex_difference(d.difference, d.low, d.high)
     began = {(r['spec']['seed'], r['spec']['method']): 100*r['result']['points'][0]['state'] for r in records}
