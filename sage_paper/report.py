@@ -289,9 +289,9 @@ def percent(
 
 # %% ../nbs/61_report.ipynb #bdf36c08
 def latex_number(x:float)->str:
-    "A learning rate in LaTeX's scientific notation"
-    mantissa, exponent = f'{x:.0e}'.split('e')
-    return f'${mantissa}\\cdot 10^{{{int(exponent)}}}$'
+    "A learning rate in LaTeX's scientific notation, to two digits where it has them"
+    mantissa, exponent = f'{x:.1e}'.split('e')
+    return f'${float(mantissa):g}\\cdot 10^{{{int(exponent)}}}$'
 
 def latex_p(p:float)->str:
     "A p-value; small ones as a bound"

@@ -206,7 +206,7 @@ def claims_note(models:list, s:TwoModels)->str: # LaTeX
     seeds = '; '.join(f'{m.name} {", ".join(map(str, n))}' for m, n in zip(models, counts))
     other = f' The best other is {", ".join(best)}.' if best else ''
     return (f'{stream}: differences in points of held-out queries with the right tool, with the paired 95\\% interval over tools and seeds; for tools that come last it is over seeds. Claimed is where the difference should lie, in points, and a claim holds where the interval says so. '
-            f'{100*s.fraction:.0f}\\% of the stream are kept.{other} Seeds of the three experiments: {seeds}. Profiles {", ".join(s.profiles)}.')
+            f'{100*s.fraction:.0f}\\% of the stream are kept.{other} Seeds of the three experiments: {seeds}. A dash: nothing is claimed, or runs are missing. Profiles {", ".join(s.profiles)}.')
 
 # %% ../nbs/79_two_models.ipynb #666d331d
 def _kept_part(ax, records):
@@ -239,9 +239,12 @@ def models_figure(
         fig, axes = plt.subplots(len(models), 3, figsize=(6.85, 0.3 + 2.2*len(models)), squeeze=False)
         for row, m in zip(axes, models):
             for ax, e in zip(row, THREE):
-                if e in m.records: parts[e](ax, m)
+                if e not in m.records:
+                    ax.set_axis_off()
+                    continue
+                parts[e](ax, m)
                 ax.set_title(f'{m.name}: {titles[e]}')
-            row[0].set_ylabel('right tool (% of held-out queries)')
+            next(ax for ax in row if ax.axison).set_ylabel('right tool (% of held-out queries)')
         for k in (0, 2):
             handles, labels = max((row[k].get_legend_handles_labels() for row in axes), key=lambda x: len(x[1]))
             if labels: axes[0][k].legend(handles, labels, fontsize=6, loc='lower right' if k == 0 else 'lower left')
@@ -276,7 +279,7 @@ def two_models_numbers(
     models:list, frame:pd.DataFrame, # as for `claims_latex`
 )->dict: # macro name → text
     "All numbers that the paper's sentences on a second model use"
-    out = {macro_name('two', m.profile, k): v for m in models for k, v in _levels(m).items()}
+    out = {macro_name('two', m.profile, k): v for m in models for k, v in (_levels(m) | dict(seeds=str(len(m.settings['continual'].seeds)))).items()}
     out |= {macro_name('two', r.profile, r.claim, 'difference'): latex_difference(r.difference, r.low, r.high) for r in frame.itertuples() if np.isfinite(r.low)}
     claimed = frame[frame.bound != ''].pivot(index='claim', columns='profile', values='holds').dropna()
     out['TwoClaims'] = str(len(claimed))
