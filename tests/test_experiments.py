@@ -45,7 +45,9 @@ def test_the_readme_counts_the_runs_that_the_notebooks_ask_for():
     "By claim, in all, and what the table of all records has besides"
     text, needed = (ROOT/'README.md').read_text(), {e.notebook: published_keys(e, 'paper', ROOT) for e in PUBLISHED}
     rows = {re.search(r'\[(exp_\w+)\]', l)[1]: l.split('|')[-2] for l in text.splitlines() if l.startswith('| ') and '[exp_' in l}
-    assert {*rows} == {*needed} and {k: int(re.search(r'(\d+) runs anew', l)[1]) for k, l in rows.items()} == {k: len(v) for k, v in needed.items()}
+    without = {e.notebook for e in CATALOGUE.values() if not e.reported}   # they compare runs of others
+    assert {*rows} == {*needed} | without and not [k for k in without if 'runs anew' in rows[k]]
+    assert {k: int(re.search(r'(\d+) runs anew', rows[k])[1]) for k in needed} == {k: len(v) for k, v in needed.items()}
     assert {k: int(m[1]) for k, l in rows.items() if (m := re.search(r'(\d+) of them to choose rates', l))} == {k: n for k, v in needed.items() if (n := sum('_tuning/' in r for r in v))}
     number = lambda x: int(x.replace(',', ''))
     counted = [*map(number, re.search(r'\*\*Which runs are counted.*?(\d+) in all.*?is, ([\d,]+): (\d+) more.*?shows, (\d+) of.*? and (\d+) of the second', text).groups())]
