@@ -14,6 +14,8 @@ PUBLISHED   := $(foreach e,$(EXPERIMENTS),$(if $(shell grep -m1 '"$e"' tables/ma
 
 export SOURCE_DATE_EPOCH ?= 1764547200
 export PYTHONHASHSEED    ?= 0
+# PyTorch's own loops are those for AVX2 on every processor that has it: with AVX-512 they round otherwise, and the toys that the notebooks train go another way.
+export ATEN_CPU_CAPABILITY ?= avx2
 # Compiled modules are kept, also where the environment asks for the opposite: hundreds of short processes load PyTorch, for which each would compile it anew.
 export PYTHONDONTWRITEBYTECODE :=
 

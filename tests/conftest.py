@@ -1,6 +1,8 @@
 "What the tests share: the repository's root, and the data and the model where they can be had"
-import signal
+import os, signal
 from pathlib import Path
+
+os.environ.setdefault('ATEN_CPU_CAPABILITY', 'avx2')   # as in the Makefile, before PyTorch is first asked to compute
 
 import hypothesis, pytest
 
