@@ -52,6 +52,10 @@ def test_every_claim_has_a_row_of_every_model_that_has_records(models, frame):
     for m in models: assert [*frame[frame.profile == m.profile].claim] == [c.name for c in CLAIMS if c.experiment in m.records]
 
 
+def test_both_models_have_all_their_runs(models, frame):
+    assert what_is_missing(models) == '' and [*frame.claim] == [c.name for m in models for c in CLAIMS] and frame.low.notna().all()
+
+
 def test_the_runs_are_those_of_the_three_experiments(models):
     "Nothing is compared that an experiment does not report"
     for m, runs in zip(models, compared_runs(PAPER, [x.settings for x in models])):
