@@ -61,7 +61,7 @@ def test_another_model_is_tried_as_the_papers_was(experiment):
 def test_the_paper_reports_seeds_it_was_not_tuned_on_or_says_so(experiment):
     s = load_settings(experiment, 'paper', FILE)
     if getattr(s, 'split', 'report') == 'tuning': assert 'tools of the tuning split' in (ROOT/f'tables/{experiment}.tex').read_text() and 'tools that learning rates were chosen on' in (ROOT/'README.md').read_text()
-    else: assert len(s.seeds) == (3 if experiment == 'efficiency' else 5) and not set(s.seeds) & set(s.tuning_seeds)   # efficiency's are repetitions of timings
+    else: assert len(s.seeds) == 5 and not set(s.seeds) & set(s.tuning_seeds)
 
 
 @pytest.mark.parametrize('given', ['0 5', '[0, 5]', '[0,5]', '[0 5]', [0, 5], (0, 5)], ids=str)
