@@ -92,7 +92,7 @@ def what_is_missing(
     return f'Runs without a record, which are left out: {", ".join(lacks)}.' if lacks else ''
 
 # %% ../nbs/79_two_models.ipynb #5162010d
-BOUNDS = {'not below 0': lambda d: d['high'] >= 0, 'above 0': lambda d: d['low'] > 0, 'below 0': lambda d: d['high'] < 0, 'above $-1$': lambda d: d['low'] > -0.01}
+BOUNDS = {'not below 0': lambda d: d['high'] >= 0, 'above 0': lambda d: d['low'] > 0, 'below 0': lambda d: d['high'] < 0, 'above -1': lambda d: d['low'] > -0.01}
 
 @dataclass(frozen=True)
 class Claim:
@@ -107,7 +107,7 @@ CLAIMS = (Claim('stream_all', 'streaming', 'all samples: streaming $-$ batch', '
           Claim('stream_late', 'streaming', 'all samples, tools that come last: streaming $-$ batch'),
           Claim('ssis_random', 'coreset', 'SSIS $-$ random', 'above 0'), Claim('ssis_sure', 'coreset', 'SSIS $-$ SuRe', 'above 0'), Claim('ssis_best', 'coreset', 'SSIS $-$ the best other'),
           Claim('lost_finetune', 'continual', 'lost on old tools: SAGE $-$ a quarter of fine-tuning', 'below 0'), Claim('lost_er', 'continual', 'lost on old tools: SAGE $-$ replay'), Claim('lost_der', 'continual', 'lost on old tools: SAGE $-$ DER++'),
-          Claim('new_finetune', 'continual', 'new tools: SAGE $-$ fine-tuning', 'above $-1$'), Claim('new_der', 'continual', 'new tools: SAGE $-$ DER++'),
+          Claim('new_finetune', 'continual', 'new tools: SAGE $-$ fine-tuning', 'above -1'), Claim('new_der', 'continual', 'new tools: SAGE $-$ DER++'),
           Claim('mean_er', 'continual', 'mean of old and new: SAGE $-$ replay', 'above 0'), Claim('mean_sure', 'continual', 'mean of old and new: SAGE $-$ SuRe', 'above 0'), Claim('mean_der', 'continual', 'mean of old and new: SAGE $-$ DER++'),
           Claim('mean_ewc_online', 'continual', 'mean of old and new: SAGE $-$ EWC, online'), Claim('mean_finetune', 'continual', 'mean of old and new: SAGE $-$ fine-tuning'))
 TITLES = dict(streaming='Streaming against batch (Figure~\\ref{fig:streaming})', coreset='Which samples to keep (Figure~\\ref{fig:coreset})', continual='New tools after old ones (Figure~\\ref{fig:continual})')
@@ -194,7 +194,7 @@ def claims_latex(
     lines = []
     for e in THREE:
         lines += [r'\addlinespace']*bool(lines) + [f'\\multicolumn{{{k}}}{{l}}{{\\emph{{{TITLES[e]}}}}} ' + r'\\']
-        lines += [' & '.join([c.label, c.bound or '---', *(x for m in models for x in _cells(of.get((m.profile, c.name))))]) + r' \\' for c in CLAIMS if c.experiment == e]
+        lines += [' & '.join([c.label, c.bound.replace('-1', '$-1$') or '---', *(x for m in models for x in _cells(of.get((m.profile, c.name))))]) + r' \\' for c in CLAIMS if c.experiment == e]
     return in_booktabs([*heads, *lines], k - 1, claims_note(models, s))
 
 # %% ../nbs/79_two_models.ipynb #40ec3a4f
